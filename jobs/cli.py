@@ -1,0 +1,29 @@
+"""`metapipe`: every job under one name."""
+
+from __future__ import annotations
+
+from jobs import adapt, console, data, evaluate, register, runs, train
+
+app = console.new_app(
+    name="metapipe",
+    no_args_is_help=True,
+    help="Distributed meta-learning: from raw data to a registered meta-initialization that adapts to a new task "
+    "from a handful of examples.\n\n"
+    "First steps: [bold]metapipe data prepare glyphs --out data/glyphs[/], then "
+    "[bold]metapipe train configs/demo.yaml[/], then "
+    "[bold]metapipe adapt models:/glyphs-5w1s@champion --support FOLDER --query FOLDER[/].",
+)
+app.add_typer(data.app, name="data")
+app.command("train")(train.train)
+app.command("evaluate")(evaluate.evaluate)
+app.command("register")(register.register)
+app.command("adapt")(adapt.adapt)
+app.command("runs")(runs.runs)
+
+
+def main() -> None:
+    console.run(app)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""What every job shares: the console, JSON output, and errors as one paragraph with an exit code.
+
+Exit codes: 0 done · 1 a defect of ours or an interruption · 2 bad input · 3 training stopped early.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+
+DEBUG_FLAG, DEBUG_VARIABLE = "--debug", "METAPIPE_DEBUG"
+
+out = Console()
+err = Console(stderr=True)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output and nothing else there.")]
+Set = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Override a key of the file, e.g. training.num_workers=2. Repeatable.",
+    ),
+]
+
+
+def new_app(**settings: Any) -> typer.Typer:
+    epilog = f"{DEBUG_FLAG} anywhere shows the whole traceback of an error."
+    return typer.Typer(
+        epilog=epilog,
+        add_completion=False,
+        pretty_exceptions_enable=False,
+        rich_markup_mode="rich",
+        **settings,
+    )
+
+
+def single_command(function: Callable[..., None]) -> typer.Typer:
+    """An app of one command, for `python -m jobs.NAME`."""
+    app = new_app()
+    app.command()(function)
+    return app
+
+
+def run(app: typer.Typer) -> None:
+    """Run an app; a UserError becomes one paragraph on standard error and its exit code."""
+    debug = DEBUG_FLAG in sys.argv or bool(os.environ.get(DEBUG_VARIABLE))
+    sys.argv = [argument for argument in sys.argv if argument != DEBUG_FLAG]
+    if not debug:  # the libraries' notes would tear the display, and their advice is for other readers
+        os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")
+        warnings.filterwarnings("ignore", category=UserWarning, module=r"mlflow\..*|mlflow")
+    try:
+        app()
+    except KeyboardInterrupt:
+        err.print("Interrupted. Run the same command again to go on from the last checkpoint.")
+        sys.exit(130)
+    except Exception as error:
+        if debug:
+            raise
+        from pipeline.errors import UserError
+
+        if isinstance(error, UserError):
+            _print_error(str(error))
+            sys.exit(error.exit_code)
+        _print_error(f"{type(error).__name__}: {error}. This looks like a defect; {DEBUG_FLAG} shows where.")
+        sys.exit(1)
+
+
+def _print_error(message: str) -> None:
+    err.print("[bold red]error:[/] ", end="")
+    err.print(message, markup=False, highlight=False, soft_wrap=True)
+
+
+def emit(result: dict[str, Any], *, as_json: bool, show: Callable[[], None]) -> None:
+    """The result: as JSON for machines, or shown for people."""
+    if as_json:
+        print(json.dumps(result, ensure_ascii=False, indent=1))
+    else:
+        show()
+
+
+def percent(mean: float, half_width: float, score_name: str) -> str:
+    """`95.31 ± 0.24 %` for accuracies, the plain number for the others."""
+    if score_name == "accuracy":
+        return f"{100 * mean:.2f} ± {100 * half_width:.2f} %"
+    return f"{mean:.4f} ± {half_width:.4f}"

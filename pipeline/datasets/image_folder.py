@@ -1,0 +1,58 @@
+"""Your own pictures: a folder per class, optionally a folder level of groups above.
+
+SOURCE/CLASS/*.png            one group, "all"
+SOURCE/GROUP/CLASS/*.jpg      groups are kept whole by the split `group`
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from pipeline.datasets.preprocessing import Preprocessing, open_picture, pictures_in
+from pipeline.datasets.source import RawClass
+from pipeline.datasets.splits import group_split, random_split
+from pipeline.errors import DataError
+from pipeline.types import Split
+
+
+class ImageFolder:
+    """Raw classes from folders. Raises DataError: no such folder, or no class folders with pictures in it."""
+
+    def __init__(self, source: str | Path, *, preprocessing: Preprocessing) -> None:
+        self.preprocessing = preprocessing
+        self._classes = class_folders(Path(source))
+
+    def classes(self) -> Iterator[RawClass]:
+        for name, folder in self._classes.items():
+            images = [self.preprocessing(open_picture(path)) for path in pictures_in(folder)]
+            yield RawClass(name, _group(name), np.stack(images))
+
+    def splits(self, *, seed: int) -> dict[str, dict[str, Split]]:
+        groups = {name: _group(name) for name in self._classes}
+        splits = {"random": random_split(list(groups), seed=seed, shares=(70, 10, 20))}
+        if len(set(groups.values())) >= 3:
+            splits["group"] = group_split(groups, seed=seed)
+        return splits
+
+
+def class_folders(source: Path) -> dict[str, Path]:
+    """Class name -> its folder, by name. Raises DataError."""
+    if not source.is_dir():
+        raise DataError(f"{source}: no such folder. Give one that holds a folder of pictures per class.")
+    found: dict[str, Path] = {}
+    for first in sorted(p for p in source.iterdir() if p.is_dir() and not p.name.startswith(".")):
+        if pictures_in(first):
+            found[first.name] = first
+        for second in sorted(p for p in first.iterdir() if p.is_dir() and not p.name.startswith(".")):
+            if pictures_in(second):
+                found[f"{first.name}/{second.name}"] = second
+    if not found:
+        raise DataError(f"{source}: no folder in it holds pictures. Make one folder per class, named like the class.")
+    return found
+
+
+def _group(name: str) -> str:
+    return name.split("/")[0] if "/" in name else "all"

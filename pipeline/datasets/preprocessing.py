@@ -1,0 +1,104 @@
+"""One picture of any size -> one array as in training. Preparing and adapting use the same code.
+
+The manifest records the settings, the registered model carries them, so a user's pictures get the polarity, shape
+and size that the model was trained on.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+from pydantic import Field, model_validator
+
+from pipeline.config import Section
+from pipeline.errors import DataError
+
+MAX_PIXELS = 50_000_000  # a picture with more is refused before it is decoded
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+
+
+class Preprocessing(Section):
+    """What turns a picture into uint8 [size, size, channels]."""
+
+    kind: Literal["drawing", "photo"]
+    # drawing: grey, ink high whatever the paper's colour, the whole canvas padded to a square, contrast stretched;
+    # photo: the central square, colours as they are
+    size: int = Field(ge=8, le=1024)  # pixels
+    channels: Literal[1, 3] = 1
+
+    @model_validator(mode="after")
+    def _drawings_are_grey(self) -> Preprocessing:
+        if self.kind == "drawing" and self.channels != 1:
+            raise ValueError("kind drawing is grey: channels must be 1")
+        return self
+
+    def __call__(self, picture: Image.Image) -> np.ndarray:
+        """uint8 [size, size, channels], area-averaged when shrinking."""
+        picture = ImageOps.exif_transpose(picture)
+        if picture.mode.startswith("I;16"):  # convert("L") would clip 16-bit grey at 255
+            picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
+        if picture.has_transparency_data:
+            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture.convert("RGBA"))
+        grey = np.asarray(picture.convert("L"))
+        if self.kind == "drawing":
+            array = self._resize(Image.fromarray(_square_canvas(_ink_high(grey))))
+            peak = int(array.max())
+            return (array.astype(np.uint16) * 255 // max(peak, 1)).astype(np.uint8)[..., None]
+        side = min(picture.size)
+        square = ImageOps.fit(picture.convert("RGB" if self.channels == 3 else "L"), (side, side))
+        return self._resize(square).reshape(self.size, self.size, self.channels)
+
+    def _resize(self, square: Image.Image) -> np.ndarray:
+        method = Image.Resampling.BOX if square.width > self.size else Image.Resampling.BICUBIC
+        return np.asarray(square.resize((self.size, self.size), method))
+
+
+def _ink_high(grey: np.ndarray) -> np.ndarray:
+    """Light paper is told by the border, which a drawing seldom touches much."""
+    border = np.concatenate([grey[0], grey[-1], grey[:, 0], grey[:, -1]])
+    return 255 - grey if np.median(border) > 127 else grey
+
+
+def _square_canvas(ink: np.ndarray) -> np.ndarray:
+    height, width = ink.shape
+    side = max(height, width)
+    top, left = (side - height) // 2, (side - width) // 2
+    return np.pad(ink, ((top, side - height - top), (left, side - width - left)))
+
+
+def open_picture(path: str | Path) -> Image.Image:
+    """A decoded picture. Raises DataError: no picture, cut short, or more than MAX_PIXELS pixels."""
+    try:
+        with Image.open(path) as picture:
+            if picture.width * picture.height > MAX_PIXELS:
+                raise DataError(
+                    f"{path}: {picture.width}×{picture.height} pixels is more than the {MAX_PIXELS // 1_000_000} "
+                    "million that are read. Make it smaller."
+                )
+            picture.load()
+            return picture.copy()
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such picture.") from None
+    except UnidentifiedImageError:
+        raise DataError(f"{path}: not a picture that can be read (PNG and JPEG are). Remove or convert it.") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise DataError(f"{path}: cannot be decoded ({error}). Remove or replace it.") from error
+
+
+def pictures_in(folder: Path) -> list[Path]:
+    """The picture files directly in a folder, by name; hidden files left out."""
+    return sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith("."))
+
+
+def pictures_below(path: Path) -> list[Path]:
+    """A picture itself, or every picture in a folder and the folders in it. Raises DataError where there is none."""
+    if path.is_file():
+        return [path]
+    folders = [path, *sorted(p for p in path.rglob("*") if p.is_dir())] if path.is_dir() else []
+    found = [picture for folder in folders for picture in pictures_in(folder)]
+    if not found:
+        raise DataError(f"{path}: holds no picture (PNG, JPEG, …). Give a picture or a folder of them.")
+    return found

@@ -1,0 +1,25 @@
+"""Errors that are the user's to mend: each message names the file, key or value and what to do."""
+
+
+class UserError(Exception):
+    """Bad input. The command line prints the message as one paragraph, no traceback, and exits with `exit_code`."""
+
+    exit_code = 2
+
+
+class ConfigError(UserError):
+    """A configuration file or override that does not describe an experiment."""
+
+
+class DataError(UserError):
+    """A data set, shard or image that is missing, damaged or too small for the task."""
+
+
+class TrackingError(UserError):
+    """An MLflow server, run or registered model that cannot be reached or found."""
+
+
+class TrainingStopped(UserError):
+    """Training ended early for a reason that a rerun of the same command will not mend by itself."""
+
+    exit_code = 3

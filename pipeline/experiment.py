@@ -1,0 +1,139 @@
+"""A whole experiment: the configuration file's sections put together, and the components built from them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
+
+import torch
+from pydantic import Field, model_validator
+
+from pipeline import config
+from pipeline.algorithms import ALGORITHMS
+from pipeline.config import Section
+from pipeline.errors import ConfigError
+from pipeline.models import MODELS
+from pipeline.tasks import TASK_FAMILIES
+from pipeline.training.outer import OuterConfig
+from pipeline.types import Algorithm, TaskFamily, TaskModel
+
+if TYPE_CHECKING:
+    TaskSection: TypeAlias = Any
+    ModelSection: TypeAlias = Any
+    AlgorithmSection: TypeAlias = Any
+else:
+    TaskSection = config.one_of(TASK_FAMILIES, "family")
+    ModelSection = config.one_of(MODELS, "name")
+    AlgorithmSection = config.one_of(ALGORITHMS, "name")
+
+
+class TrainingConfig(Section):
+    """The outer loop and where it runs."""
+
+    steps: int = Field(ge=1)  # outer steps
+    meta_batch_size: int = Field(default=32, ge=1)  # episodes per outer step, over all workers
+    outer: OuterConfig = OuterConfig()
+    validate_every: int = Field(default=100, ge=1)  # outer steps; a checkpoint is written after each validation
+    max_nonfinite_steps: int = Field(default=10, ge=1)  # skipped in a row before the run stops
+    task_chunk: int | None = Field(default=None, ge=1)
+    # tasks adapted at once; bounds memory. None: what was measured fastest on CPU, the whole share on a GPU
+    dtype: Literal["float32", "float64"] = "float32"
+    backend: Literal["ray", "processes", "local"] = "ray"  # processes: gloo without Ray; local: in this process
+    num_workers: int = Field(default=1, ge=1)
+    cpus_per_worker: int = Field(default=1, ge=1)  # threads too: one thread per process is fastest on CPU
+    use_gpu: bool = False  # one GPU per worker
+    max_failures: int = Field(default=3, ge=0)  # restarts of the worker group after a lost worker (ray)
+
+    @model_validator(mode="after")
+    def _every_worker_has_a_slot(self) -> TrainingConfig:
+        if self.num_workers > self.meta_batch_size:
+            raise ValueError(
+                f"num_workers ({self.num_workers}) is more than meta_batch_size ({self.meta_batch_size}): some workers "
+                "would have no task"
+            )
+        if self.backend == "local" and self.num_workers > 1:
+            raise ValueError(f"backend local has one worker, num_workers is {self.num_workers}: use ray or processes")
+        return self
+
+
+class EvaluationConfig(Section):
+    """Fixed episodes. The seeds do not follow the experiment's, so that different runs meet the same episodes."""
+
+    validation_episodes: int = Field(default=200, ge=2)  # for checkpoint selection and plateaus
+    test_episodes: int = Field(default=1000, ge=2)
+    promotion_episodes: int = Field(default=600, ge=2)  # candidate against champion, paired
+    selection_mode: Literal["transductive", "inductive"] = "inductive"  # the mode that picks the best checkpoint
+
+
+class TrackingConfig(Section):
+    """Where results go."""
+
+    runs: Path = Path("runs")  # folder of run directories: checkpoints, metrics, results
+    experiment: str = "metapipe"  # MLflow experiment
+    register_model: bool = True  # register the best checkpoint and promote it if it beats the champion
+
+
+class Experiment(Section):
+    """A configuration file. `name` is also the registered model's name."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    seed: int = Field(default=0, ge=0, lt=2**63)
+    task: TaskSection
+    model: ModelSection
+    algorithm: AlgorithmSection
+    training: TrainingConfig
+    evaluation: EvaluationConfig = EvaluationConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+    def to_dict(self) -> dict[str, Any]:
+        return self.model_dump(mode="json")
+
+
+class Components(NamedTuple):
+    family: TaskFamily
+    model: TaskModel
+    algorithm: Algorithm
+
+
+def load(path: str | Path, overrides: Iterable[str] = ()) -> Experiment:
+    """The experiment in a YAML file, with `dotted.key=value` overrides.
+
+    Raises ConfigError: names the file, the key and what to do.
+    """
+    content = config.apply_overrides(config.read_yaml(path), overrides)
+    return config.validate(Experiment, content, source=str(path))
+
+
+def from_dict(content: dict[str, Any], *, source: str) -> Experiment:
+    """The experiment that `Experiment.to_dict` wrote. Raises ConfigError."""
+    return config.validate(Experiment, content, source=source)
+
+
+def task_chunk(experiment: Experiment, parts: Components, device: torch.device) -> int | None:
+    """Tasks to adapt at once on a device; None: all of them."""
+    fastest = parts.model.cpu_task_chunk if device.type == "cpu" else None
+    return experiment.training.task_chunk or fastest
+
+
+def build(experiment: Experiment, *, device: torch.device) -> Components:
+    """The experiment's components on a device.
+
+    Raises DataError: the data set is missing, damaged or too small. ConfigError: parts that do not fit together.
+    """
+    dtype = getattr(torch, experiment.training.dtype)
+    family = experiment.task.build(device=device, dtype=dtype)
+    model = experiment.model.build(input_shape=family.input_shape, num_outputs=family.num_outputs, dtype=dtype)
+    return Components(family, model, experiment.algorithm.build(model=model, objective=family.objective))
+
+
+def check_fits(experiment: Experiment) -> str:
+    """Check everything that can be checked before any worker starts; returns the data set's digest.
+
+    Raises UserError as `build` does, and where the data set's bytes are damaged.
+    """
+    if experiment.training.use_gpu and experiment.training.backend != "ray" and not torch.cuda.is_available():
+        raise ConfigError("training.use_gpu: true, but no CUDA device is visible here. Set it to false.")
+    digest = experiment.task.verify()
+    build(experiment, device=torch.device("cpu"))
+    return digest

@@ -1,0 +1,76 @@
+"""Multilayer perceptron, native over a leading task axis: every layer is one batched matrix product."""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from pipeline.config import Section
+from pipeline.models.normalization import Normalizer
+from pipeline.types import Params, Statistics
+
+
+class MLPConfig(Section):
+    """Fully connected layers with ReLU; inputs of any shape are flattened."""
+
+    name: Literal["mlp"]
+    hidden: list[Annotated[int, Field(ge=1)]] = Field(default=[40, 40], min_length=1)  # units per layer
+    normalization: Literal["none", "batch"] = "none"  # batch: MAML's non-convolutional Omniglot network
+
+    def build(self, *, input_shape: tuple[int, ...], num_outputs: int, dtype: torch.dtype) -> MLP:
+        return MLP(self, input_shape=input_shape, num_outputs=num_outputs, dtype=dtype)
+
+
+class MLP:
+    """Parameters: `layer{i}.{weight,bias}`, `norm{i}.{weight,bias}` with normalization, `head.{weight,bias}`."""
+
+    cpu_task_chunk = None
+
+    def __init__(
+        self, config: MLPConfig, *, input_shape: tuple[int, ...], num_outputs: int, dtype: torch.dtype
+    ) -> None:
+        self.config = config
+        self.dtype = dtype
+        self.sizes = [math.prod(input_shape), *config.hidden, num_outputs]
+
+    def init(self, seed: int) -> Params:
+        """PyTorch's own default for linear layers: uniform in ±1/√fan_in for weights and biases."""
+        generator = torch.Generator().manual_seed(seed)
+        params: Params = {}
+        layers = len(self.sizes) - 1
+        for layer, (fan_in, fan_out) in enumerate(zip(self.sizes, self.sizes[1:], strict=False), start=1):
+            name = "head" if layer == layers else f"layer{layer}"
+            limit = 1 / math.sqrt(fan_in)
+            for key, shape in (("weight", (fan_out, fan_in)), ("bias", (fan_out,))):
+                value = torch.empty(shape, dtype=torch.float64)
+                params[f"{name}.{key}"] = nn.init.uniform_(value, -limit, limit, generator=generator)
+            if self.config.normalization == "batch" and layer < layers:
+                params[f"norm{layer}.weight"] = torch.ones(fan_out)
+                params[f"norm{layer}.bias"] = torch.zeros(fan_out)
+        return {name: value.to(self.dtype) for name, value in params.items()}
+
+    def apply(
+        self, params: Params, x: Tensor, *, statistics: Statistics | None = None, observe: bool = False
+    ) -> tuple[Tensor, Statistics]:
+        """x [T, N, ...] -> outputs [T, N, num_outputs], observed statistics (empty without normalization)."""
+        normalize = Normalizer(statistics, observe)
+        x = x.flatten(2)
+        for layer in range(1, len(self.sizes) - 1):
+            x = _linear(params, f"layer{layer}", x)
+            if self.config.normalization == "batch":
+                tasks = x.shape[0]
+                side_by_side = x.transpose(0, 1).flatten(1)  # [N, T·units]
+                weight, bias = params[f"norm{layer}.weight"], params[f"norm{layer}.bias"]
+                normalized = normalize(f"norm{layer}", side_by_side, weight, bias)
+                x = normalized.unflatten(1, (tasks, -1)).transpose(0, 1)
+            x = F.relu(x)
+        return _linear(params, "head", x), normalize.observed
+
+
+def _linear(params: Params, name: str, x: Tensor) -> Tensor:
+    return torch.baddbmm(params[f"{name}.bias"].unsqueeze(1), x, params[f"{name}.weight"].transpose(1, 2))

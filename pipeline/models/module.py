@@ -1,0 +1,171 @@
+"""Any `nn.Module` as a task-batched model, through `torch.func.functional_call`: a loop over tasks, or vmap.
+
+The module is written for one task (inputs [N, ...]). Its BatchNorm layers are replaced by ones that take their
+statistics from the pass or from outside, so that a user's network gets the same transductive and inductive paths
+as the package's own. With vmap every derivative stays outside it (`apply = vmap(functional_call)`); an inner
+gradient inside vmap under an outer one outside it is silently wrong where normalization affines adapt.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor, nn
+from torch.func import functional_call, vmap
+
+from pipeline.config import Section
+from pipeline.errors import ConfigError
+from pipeline.types import Params, Statistics
+
+Batching = Literal["auto", "loop", "vmap"]
+
+
+class ModuleConfig(Section):
+    """Your own network: `factory` is called with `arguments` and returns an nn.Module for one task."""
+
+    name: Literal["module"]
+    factory: str = Field(pattern=r"^[\w.]+:\w+$")  # "package.module:callable"
+    arguments: dict[str, Any] = Field(default_factory=dict)
+    batching: Batching = "auto"
+    # auto: a loop on CPU for networks with convolutions (vmap turns them into grouped ones, measured slower there),
+    # vmap otherwise; measured by tests/benchmarks/batching.py
+
+    def build(self, *, input_shape: tuple[int, ...], num_outputs: int, dtype: torch.dtype) -> ModuleModel:
+        """Raises ConfigError: the factory cannot be imported or called, or does not fit the task."""
+        factory = _import(self.factory)
+
+        def make() -> nn.Module:
+            try:
+                module = factory(**self.arguments)
+            except TypeError as error:
+                raise ConfigError(f"model.arguments: {self.factory} refused them: {error}.") from error
+            if not isinstance(module, nn.Module):
+                raise ConfigError(f"model.factory: {self.factory} returned {type(module).__name__}, not an nn.Module.")
+            return module
+
+        model = ModuleModel(make, dtype=dtype, batching=self.batching)
+        model.check(input_shape, num_outputs, name=self.factory)
+        return model
+
+
+def _import(path: str) -> Any:
+    module_name, _, attribute = path.partition(":")
+    try:
+        return getattr(importlib.import_module(module_name), attribute)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(
+            f"model.factory: cannot import {path} ({error}). Write it as package.module:callable, with the package "
+            "installed or in the current folder."
+        ) from error
+
+
+class EpisodeBatchNorm(nn.Module):
+    """BatchNorm whose statistics come from the pass (given is None) or from outside; it keeps no running ones."""
+
+    def __init__(self, original: nn.modules.batchnorm._BatchNorm) -> None:
+        super().__init__()
+        self.eps = original.eps
+        self.weight = original.weight
+        self.bias = original.bias
+        self.given: tuple[Tensor, Tensor] | None = None
+        self.observed: tuple[Tensor, Tensor] | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        var, mean = torch.var_mean(x, dim=[0, *range(2, x.ndim)], correction=0)
+        self.observed = (mean, var)
+        if self.given is not None:
+            mean, var = self.given
+        broadcast = (1, -1) + (1,) * (x.ndim - 2)
+        normalized = (x - mean.view(broadcast)) * torch.rsqrt(var + self.eps).view(broadcast)
+        if self.weight is None:
+            return normalized
+        return normalized * self.weight.view(broadcast) + self.bias.view(broadcast)
+
+
+class ModuleModel:
+    """Task-batched view of the modules that `make` returns. Parameters keep the module's own names.
+
+    batching: how tasks are batched (see `ModuleConfig`). Buffers other than BatchNorm's are constants.
+    """
+
+    cpu_task_chunk = None
+
+    def __init__(self, make: Any, *, dtype: torch.dtype, batching: Batching = "auto") -> None:
+        self._make = make
+        self._dtype = dtype
+        self._module = _with_episode_norms(self._fresh(seed=0)).to(dtype)
+        self._norms = {n: m for n, m in self._module.named_modules() if isinstance(m, EpisodeBatchNorm)}
+        convolutional = any(isinstance(m, nn.modules.conv._ConvNd) for m in self._module.modules())
+        self._convolutional = convolutional
+        self._batching = batching
+
+    def _fresh(self, seed: int) -> nn.Module:
+        with torch.random.fork_rng(devices=[]):  # a module's constructor draws from the global generator
+            torch.manual_seed(seed)
+            return self._make()
+
+    def init(self, seed: int) -> Params:
+        module = self._fresh(seed).to(self._dtype)
+        return {name: value.detach().clone() for name, value in module.named_parameters()}
+
+    def check(self, input_shape: tuple[int, ...], num_outputs: int, *, name: str) -> None:
+        """Raises ConfigError where the module does not map [N, *input_shape] to [N, num_outputs]."""
+        x = torch.zeros(1, 2, *input_shape, dtype=self._dtype)
+        params = {k: v.unsqueeze(0) for k, v in self.init(0).items()}
+        try:
+            with torch.no_grad():
+                shape = list(self.apply(params, x)[0].shape[1:])
+        except (RuntimeError, ValueError, TypeError) as error:
+            raise ConfigError(f"model.factory: {name} cannot take inputs {[2, *input_shape]}: {error}") from error
+        if shape != [2, num_outputs]:
+            raise ConfigError(
+                f"model.factory: {name} returns {shape} for two examples, the task needs {[2, num_outputs]}."
+            )
+
+    def apply(
+        self, params: Params, x: Tensor, *, statistics: Statistics | None = None, observe: bool = False
+    ) -> tuple[Tensor, Statistics]:
+        """x [T, N, ...] -> outputs [T, N, num_outputs], observed statistics."""
+        if self._use_vmap(x):
+            in_dims = (0, 0, None if statistics is None else 0)
+            outputs, observed = vmap(self._one_task, in_dims=in_dims, randomness="error")(params, x, statistics)
+            return outputs, observed if observe else {}
+        results = []
+        for task in range(len(x)):
+            given = None if statistics is None else {k: v[task] for k, v in statistics.items()}
+            results.append(self._one_task({k: v[task] for k, v in params.items()}, x[task], given))
+        outputs = torch.stack([output for output, _ in results])
+        if not observe:
+            return outputs, {}
+        return outputs, {k: torch.stack([observed[k] for _, observed in results]) for k in results[0][1]}
+
+    def _use_vmap(self, x: Tensor) -> bool:
+        if self._batching == "auto":
+            return x.is_cuda or not self._convolutional
+        return self._batching == "vmap"
+
+    def _one_task(self, params: Params, x: Tensor, statistics: Statistics | None) -> tuple[Tensor, Statistics]:
+        for name, norm in self._norms.items():
+            norm.given = None if statistics is None else (statistics[f"{name}.mean"], statistics[f"{name}.var"])
+        output = functional_call(self._module, params, (x,))
+        observed: Statistics = {}
+        for name, norm in self._norms.items():
+            assert norm.observed is not None, f"{name} was not used in the forward pass"
+            observed[f"{name}.mean"], observed[f"{name}.var"] = norm.observed
+            norm.given = norm.observed = None
+        return output, observed
+
+
+def _with_episode_norms(module: nn.Module) -> nn.Module:
+    module = copy.deepcopy(module)
+    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        return EpisodeBatchNorm(module)
+    for name, child in module.named_modules():
+        if isinstance(child, nn.modules.batchnorm._BatchNorm):
+            parent, _, attribute = name.rpartition(".")
+            setattr(module.get_submodule(parent), attribute, EpisodeBatchNorm(child))
+    return module

@@ -1,0 +1,90 @@
+"""Pictures for people: episodes as rows of images, training curves, accuracy by adaptation step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline.training.evaluate import MODES, Evaluation
+from pipeline.types import TaskBatch
+
+DPI = 120
+
+
+def _new_figure(width: float, height: float) -> Any:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), dpi=DPI, layout="constrained")
+    FigureCanvasAgg(figure)  # no display and no global pyplot state
+    return figure
+
+
+def episodes(batch: TaskBatch, file: Path, *, n_way: int, max_queries: int = 5) -> None:
+    """Each episode as a block: a row per class, support images left of the line, queries right of it."""
+    tasks = len(batch.support_x)
+    k_shot = batch.support_x.shape[1] // n_way
+    n_query = min(batch.query_x.shape[1] // n_way, max_queries)
+    columns = min(tasks, 2)
+    figure = _new_figure(columns * (0.55 * (k_shot + n_query) + 0.6), -(-tasks // columns) * (0.55 * n_way + 0.4))
+    axes = np.atleast_1d(figure.subplots(-(-tasks // columns), columns)).ravel()
+    for axis in axes:
+        axis.set_axis_off()
+    for task, axis in enumerate(axes[:tasks]):
+        support = batch.support_x[task].unflatten(0, (n_way, k_shot))
+        query = batch.query_x[task].unflatten(0, (n_way, -1))[:, :n_query]
+        sheet, border = _sheet(support.cpu().numpy(), query.cpu().numpy())
+        axis.imshow(sheet, cmap="gray_r" if sheet.ndim == 2 else None, vmin=0, vmax=1)
+        axis.axvline(border, color="tab:red", linewidth=1.5)
+        axis.set_title(f"episode {task}: {k_shot}-shot support | query", fontsize=7)
+    figure.savefig(file)
+
+
+def _sheet(support: np.ndarray, query: np.ndarray) -> tuple[np.ndarray, float]:
+    """[W, K, C, H, W'] and [W, Q, C, H, W'] -> one picture, and where the line between them goes."""
+    images = np.concatenate([support, query], axis=1).transpose(0, 1, 3, 4, 2)
+    rows, columns, height, width, channels = images.shape
+    framed = np.ones((rows, columns, height + 2, width + 2, channels), dtype=images.dtype) * 0.5
+    framed[:, :, 1:-1, 1:-1] = images
+    sheet = framed.transpose(0, 2, 1, 3, 4).reshape(rows * (height + 2), columns * (width + 2), channels)
+    return (sheet[..., 0] if channels == 1 else sheet), support.shape[1] * (width + 2) - 0.5
+
+
+def training_curves(records: Sequence[dict[str, Any]], score_name: str, file: Path) -> None:
+    """Meta-loss by outer step, and the validation scores with their 95 % bands."""
+    figure = _new_figure(9, 3.4)
+    left, right = figure.subplots(1, 2)
+    training = [r for r in records if "meta_loss" in r]
+    left.plot([r["step"] for r in training], [r["meta_loss"] for r in training], linewidth=0.6)
+    left.set(xlabel="outer step", ylabel="meta-loss (query loss after adaptation)")
+    for mode in MODES:
+        key = f"val_{score_name}_{mode}"
+        points = [r for r in records if key in r]
+        steps = [r["step"] for r in points]
+        mean = np.array([r[key] for r in points])
+        band = np.array([r[f"{key}_ci95"] for r in points])
+        right.plot(steps, mean, marker=".", label=mode)
+        right.fill_between(steps, mean - band, mean + band, alpha=0.2)
+    right.set(xlabel="outer step", ylabel=f"validation {score_name}")
+    right.legend()
+    figure.savefig(file)
+
+
+def adaptation_curve(evaluation: Evaluation, file: Path) -> None:
+    """The score after 0…k adaptation steps with 95 % intervals, both modes."""
+    figure = _new_figure(4.5, 3.4)
+    axis = figure.subplots()
+    steps = range(evaluation.adaptation_steps + 1)
+    for mode in MODES:
+        estimates = [evaluation.score(mode, k) for k in steps]
+        axis.errorbar(steps, [e.mean for e in estimates], [e.half_width for e in estimates], marker=".", label=mode)
+    axis.set(
+        xlabel="adaptation steps",
+        ylabel=f"{evaluation.split} {evaluation.score_name}",
+        title=f"{evaluation.episodes} episodes, 95 % interval",
+    )
+    axis.legend()
+    figure.savefig(file)

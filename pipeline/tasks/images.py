@@ -1,0 +1,191 @@
+"""Image classification episodes from Parquet shards.
+
+Small data sets live on the device as one uint8 tensor; larger ones stay in memory-mapped shards, are gathered on
+the CPU and sampled one step ahead by the training loop.
+
+Shapes: T tasks · W n_way · S n_way·k_shot · Q n_way·n_query · C H W of one image.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal, Protocol
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from pipeline.config import Section
+from pipeline.errors import DataError
+from pipeline.tasks import shards
+from pipeline.tasks.objectives import Classification
+from pipeline.tasks.sampler import sample_indices
+from pipeline.types import SPLITS, Split, TaskBatch
+
+
+class ImagesConfig(Section):
+    """N-way K-shot classification of images."""
+
+    family: Literal["images"]
+    data: Path  # folder of a prepared data set, relative to where the command is run
+    split: str = "alphabet"  # which of the data set's class splits
+    n_way: int = Field(default=5, ge=2)
+    k_shot: int = Field(default=1, ge=1)  # support examples per class
+    n_query: int = Field(default=5, ge=1)  # query examples per class in meta-training
+    eval_n_query: int = Field(default=15, ge=1)  # query examples per class in validation and test
+    rotations: Literal["none", "new_classes", "per_class"] = "none"
+    # new_classes: each quarter turn of a meta-training class is a class of its own (ProtoNet, MANN);
+    # per_class: the turn is drawn per class and task, so one episode never holds two turns of a class (MAML)
+    memory_limit_mb: int = Field(default=2048, ge=0)  # larger data sets stay memory-mapped
+
+    def build(self, *, device: torch.device, dtype: torch.dtype) -> ImageTasks:
+        return ImageTasks(self, device=device, dtype=dtype)
+
+    def absolute(self) -> ImagesConfig:
+        """With an absolute data path: workers run in another folder."""
+        return self.model_copy(update={"data": self.data.absolute()})
+
+    def verify(self) -> str:
+        """Check the data set's bytes and that it is large enough; returns its digest. Raises DataError."""
+        manifest = shards.verify(self.data)
+        for split in SPLITS:
+            self.check_size(manifest, split)
+        return manifest.digest
+
+    def check_size(self, manifest: shards.Manifest, split: Split) -> None:
+        """Raises DataError where a part has too few classes for `n_way` or a class too few examples."""
+        if self.split not in manifest.splits:
+            raise DataError(
+                f"{self.data}: has no class split {self.split!r} (task.split); it has: {', '.join(manifest.splits)}."
+            )
+        members = [manifest.classes[i] for i in manifest.members(self.split, split)]
+        if len(members) < self.n_way:
+            raise DataError(
+                f"{self.data}: {split} of the split {self.split!r} has {len(members)} classes, too few for "
+                f"task.n_way={self.n_way}. Lower n_way, or prepare more classes."
+            )
+        needed = self.k_shot + self.queries_per_class(split)
+        smallest = min(members, key=lambda entry: entry.count)
+        if smallest.count < needed:
+            key = "n_query" if split == "meta_train" else "eval_n_query"
+            raise DataError(
+                f"{self.data}: class {smallest.name} ({split}) has {smallest.count} examples, too few for task.k_shot="
+                f"{self.k_shot} plus task.{key}={self.queries_per_class(split)}. Lower them, or leave the class out."
+            )
+
+    def queries_per_class(self, split: Split) -> int:
+        return self.n_query if split == "meta_train" else self.eval_n_query
+
+
+class ImageTasks:
+    """Task family: the label of an image is its class's position in the episode."""
+
+    objective = Classification()
+
+    def __init__(self, config: ImagesConfig, *, device: torch.device, dtype: torch.dtype) -> None:
+        """Raises DataError: no data set there, a damaged one, or one that is too small for the episodes."""
+        self.config = config
+        self.device = device
+        self.dtype = dtype
+        self.manifest = shards.read_manifest(config.data)
+        height, width, channels = self.manifest.shape
+        if config.rotations != "none" and height != width:
+            raise DataError(f"{config.data}: task.rotations needs square images, these are {height}×{width}.")
+        self.input_shape = (channels, height, width)
+        self.num_outputs = config.n_way
+        total = self.manifest.num_examples * self.manifest.image_bytes
+        self.prefetch = total > config.memory_limit_mb << 20
+        self._members: dict[Split, Tensor] = {}
+        self._counts: dict[Split, Tensor] = {}
+        counts = torch.tensor([entry.count for entry in self.manifest.classes], device=device)
+        for split in SPLITS:
+            config.check_size(self.manifest, split)
+            members = torch.tensor(self.manifest.members(config.split, split), device=device)
+            self._members[split] = members
+            self._counts[split] = counts[members]
+        store = MappedImages if self.prefetch else DeviceImages
+        self._images: ImageStore = store(config.data, self.manifest, device)
+
+    def sample(self, split: Split, step: int, slots: Tensor, *, seed: int) -> TaskBatch:
+        """Episodes with x [T, S|Q, C, H, W] in 0…1 and y int64 [T, S|Q], on the family's device.
+
+        Raises DataError: a shard that is damaged when it is read (memory-mapped sets).
+        """
+        config = self.config
+        counts = self._counts[split]
+        rotations = config.rotations if split == "meta_train" else "none"  # test tasks are the data set's own
+        if rotations == "new_classes":
+            counts = counts.repeat(4)
+        indices = sample_indices(
+            seed=seed,
+            split=split,
+            step=step,
+            slots=slots.to(self.device),
+            class_counts=counts,
+            n_way=config.n_way,
+            k_shot=config.k_shot,
+            n_query=config.queries_per_class(split),
+            turn_classes=rotations == "per_class",
+        )
+        num_members = len(self._members[split])
+        turns = indices.turns if rotations == "per_class" else indices.classes // num_members
+        classes = self._members[split][indices.classes % num_members]
+        examples = torch.cat([indices.support, indices.query], dim=-1)  # [T, W, K + Q]
+        images = self._images.gather(classes, examples)  # uint8 [T, W, K + Q, C, H, W]
+        if rotations != "none":
+            images = rotate(images, turns[:, :, None, None, None, None])
+        x = images.to(self.dtype) / 255
+        support_x, query_x = x[:, :, : config.k_shot], x[:, :, config.k_shot :]
+        labels = torch.arange(config.n_way, device=self.device).expand(len(slots), -1)
+        return TaskBatch(
+            support_x=support_x.flatten(1, 2),
+            support_y=labels.repeat_interleave(support_x.shape[2], dim=1),
+            query_x=query_x.flatten(1, 2),
+            query_y=labels.repeat_interleave(query_x.shape[2], dim=1),
+        )
+
+
+def rotate(images: Tensor, turns: Tensor) -> Tensor:
+    """Square images [..., H, H] turned counter-clockwise by `turns` (broadcast) quarters, without a host sync."""
+    rotated = images
+    for quarter in (1, 2, 3):
+        rotated = torch.where(turns == quarter, torch.rot90(images, quarter, dims=(-2, -1)), rotated)
+    return rotated
+
+
+class ImageStore(Protocol):
+    def gather(self, classes: Tensor, examples: Tensor) -> Tensor:
+        """Class numbers [T, W] and example numbers [T, W, E] -> uint8 [T, W, E, C, H, W] on the device."""
+        ...
+
+
+class DeviceImages:
+    """The whole data set as one uint8 tensor [examples, C, H, W] on the device."""
+
+    def __init__(self, folder: Path, manifest: shards.Manifest, device: torch.device) -> None:
+        with shards.ShardReader(folder, manifest) as reader:
+            images = np.concatenate(list(reader))
+        self._images = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous().to(device)
+        counts = torch.tensor([entry.count for entry in manifest.classes])
+        self._starts = (counts.cumsum(0) - counts).to(device)
+
+    def gather(self, classes: Tensor, examples: Tensor) -> Tensor:
+        rows = self._starts[classes].unsqueeze(-1) + examples
+        return self._images.index_select(0, rows.flatten()).view(*rows.shape, *self._images.shape[1:])
+
+
+class MappedImages:
+    """Rows gathered from memory-mapped shards, then sent to the device."""
+
+    def __init__(self, folder: Path, manifest: shards.Manifest, device: torch.device) -> None:
+        self._reader = shards.ShardReader(folder, manifest)
+        self._device = device
+
+    def gather(self, classes: Tensor, examples: Tensor) -> Tensor:
+        rows = examples.flatten(0, 1).tolist()
+        images = np.stack(
+            [self._reader.read_class(c, r) for c, r in zip(classes.flatten().tolist(), rows, strict=True)]
+        )
+        tensor = torch.from_numpy(images).movedim(-1, 2).unflatten(0, classes.shape).contiguous()
+        return tensor.to(self._device, non_blocking=True)

@@ -1,0 +1,76 @@
+"""Sinusoid regression: the toy family of MAML (Finn, Abbeel, Levine 2017, section 5.1).
+
+A task is y = A·sin(x − φ) with amplitude A ~ U[0.1, 5] and phase φ ~ U[0, π]; inputs x ~ U[−5, 5].
+
+Shapes: T tasks · S k_shot · Q n_query; x and y are [T, N, 1].
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from pipeline import keys
+from pipeline.config import Section
+from pipeline.tasks.objectives import Regression
+from pipeline.types import SPLITS, Split, TaskBatch
+
+AMPLITUDE = (0.1, 5.0)
+PHASE = (0.0, math.pi)  # radians
+INPUT = (-5.0, 5.0)
+
+
+class SinusoidConfig(Section):
+    """Regression of random sinusoids; nothing is read from disk."""
+
+    family: Literal["sinusoid"]
+    k_shot: int = Field(default=10, ge=1)  # support points in meta-training
+    n_query: int = Field(default=10, ge=1)  # query points in meta-training
+    eval_k_shot: int = Field(default=5, ge=1)  # support points in validation and test
+    eval_n_query: int = Field(default=100, ge=1)
+
+    def build(self, *, device: torch.device, dtype: torch.dtype) -> SinusoidTasks:
+        return SinusoidTasks(self, device=device, dtype=dtype)
+
+    def absolute(self) -> SinusoidConfig:
+        return self
+
+    def verify(self) -> str:
+        """Procedural: the digest names the family and its ranges."""
+        return f"sinusoid:A{AMPLITUDE}:phase{PHASE}:x{INPUT}"
+
+
+class SinusoidTasks:
+    """Task family: the splits are independent draws of one distribution, as in the paper."""
+
+    objective = Regression()
+    input_shape = (1,)
+    num_outputs = 1
+    prefetch = False
+
+    def __init__(self, config: SinusoidConfig, *, device: torch.device, dtype: torch.dtype) -> None:
+        self.config = config
+        self.device = device
+        self.dtype = dtype
+
+    def sample(self, split: Split, step: int, slots: Tensor, *, seed: int) -> TaskBatch:
+        training = split == "meta_train"
+        n_support = self.config.k_shot if training else self.config.eval_k_shot
+        n_query = self.config.n_query if training else self.config.eval_n_query
+        key = keys.fold(keys.make(seed, SPLITS.index(split), step, device=self.device), slots.to(self.device))
+        u = keys.uniform(key, 2 + n_support + n_query)  # [T, 2 + S + Q]
+        amplitude = _scale(u[:, :1], AMPLITUDE).unsqueeze(-1)
+        phase = _scale(u[:, 1:2], PHASE).unsqueeze(-1)
+        x = _scale(u[:, 2:], INPUT).unsqueeze(-1)
+        y = amplitude * torch.sin(x - phase)
+        x, y = x.to(self.dtype), y.to(self.dtype)
+        return TaskBatch(x[:, :n_support], y[:, :n_support], x[:, n_support:], y[:, n_support:])
+
+
+def _scale(u: Tensor, limits: tuple[float, float]) -> Tensor:
+    low, high = limits
+    return low + (high - low) * u

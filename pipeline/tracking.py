@@ -1,0 +1,271 @@
+"""MLflow: runs, metrics, data sets, the model registry. One process writes: the driver.
+
+The store is the one at MLFLOW_TRACKING_URI, by default `mlflow.db` (sqlite) in the current folder with artifacts
+in `mlartifacts` beside it.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import subprocess
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # read once, while mlflow is imported
+
+import mlflow
+import mlflow.pyfunc
+from mlflow.data.meta_dataset import MetaDataset
+from mlflow.data.sources import LocalArtifactDatasetSource  # type: ignore[attr-defined]
+from mlflow.entities import DatasetInput, InputTag, Metric, Param, RunTag
+from mlflow.entities.model_registry import ModelVersion
+from mlflow.exceptions import MlflowException
+from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+import pipeline
+from pipeline.config import flatten
+from pipeline.errors import TrackingError
+from pipeline.experiment import Experiment
+from pipeline.learner import Learner, ModelCard, write_model
+from pipeline.promotion import Decision
+from pipeline.serving import ARTIFACT, signature
+from pipeline.types import MetaState
+
+CANDIDATE, CHAMPION = "candidate", "champion"
+REACH_SECONDS = 5  # to wait for a tracking server's first answer
+BATCH_METRICS = 1000  # MLflow's limit for one log_batch
+BATCH_PARAMS = 100
+DIGEST_LENGTH = 36  # MLflow's limit for a data set's digest; the whole one is a tag
+MISSING = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")  # MLflow answers either, by store and by thing
+REQUIREMENTS = ("mlflow", "torch", "numpy", "pydantic", "safetensors", "pillow", "pyarrow", "pyyaml")
+
+
+def tracking_uri() -> str:
+    """MLFLOW_TRACKING_URI, or sqlite in the current folder."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path.cwd() / 'mlflow.db'}"
+
+
+class Tracker:
+    """A tracking store that answers. Raises TrackingError where it does not."""
+
+    def __init__(self) -> None:
+        self.uri = tracking_uri()
+        _check_reachable(self.uri)
+        try:
+            mlflow.set_tracking_uri(self.uri)
+            mlflow.set_registry_uri(self.uri)
+            self.client = mlflow.MlflowClient(self.uri)
+            self.client.search_experiments(max_results=1)
+        except Exception as error:
+            raise TrackingError(
+                f"MLFLOW_TRACKING_URI={self.uri}: the tracking store cannot be opened ({_short(error)}). Start a "
+                "server with `mlflow server`, or unset the variable to use sqlite in the current folder."
+            ) from error
+
+    @property
+    def hint(self) -> str:
+        """How to look at the results."""
+        if self.uri.startswith("sqlite"):
+            return f"mlflow ui --backend-store-uri {self.uri}"
+        return self.uri
+
+    # runs
+
+    def start(self, experiment: Experiment, *, run_name: str, data_digest: str, run_id: str | None) -> RunLog:
+        """A new run, or `run_id`'s gone on with."""
+        try:
+            if run_id is not None:
+                self.client.update_run(run_id, status="RUNNING")
+                return RunLog(self, run_id, resumed=True)
+            experiment_id = self._experiment_id(experiment.tracking.experiment)
+            run = self.client.create_run(experiment_id, run_name=run_name, tags=_origin_tags())
+        except MlflowException as error:
+            raise TrackingError(f"{self.uri}: cannot start a run ({_short(error)}).") from error
+        log = RunLog(self, run.info.run_id, resumed=False)
+        log.describe(experiment, data_digest)
+        return log
+
+    def _experiment_id(self, name: str) -> str:
+        found = self.client.get_experiment_by_name(name)
+        if found is not None:
+            return found.experiment_id
+        location = None
+        if self.uri.startswith("sqlite:///"):  # else it would be ./mlruns of whoever comes first
+            location = (Path(self.uri.removeprefix("sqlite:///")).absolute().parent / "mlartifacts").as_uri()
+        return self.client.create_experiment(name, artifact_location=location)
+
+    def runs(self, experiment_name: str, limit: int) -> list[mlflow.entities.Run]:
+        """The latest runs of an experiment, newest first (none if there is no such experiment)."""
+        found = self.client.get_experiment_by_name(experiment_name)
+        if found is None:
+            return []
+        return list(self.client.search_runs([found.experiment_id], max_results=limit, order_by=["start_time DESC"]))
+
+    # registry
+
+    def fetch_model(self, uri: str) -> Path:
+        """The learner's folder of a registered model. Raises TrackingError: no such model, version or alias."""
+        try:
+            local = mlflow.artifacts.download_artifacts(artifact_uri=uri)
+        except Exception as error:
+            names = ", ".join(sorted(model.name for model in self.client.search_registered_models())) or "none"
+            raise TrackingError(
+                f"{uri}: no such model in {self.uri} ({_short(error)}). Registered models: {names}. Write it as "
+                "models:/NAME@champion or models:/NAME/VERSION."
+            ) from error
+        folder = Path(local) / "artifacts" / ARTIFACT
+        if not folder.is_dir():
+            raise TrackingError(f"{uri}: was not registered by this package (it has no artifacts/{ARTIFACT}).")
+        return folder
+
+    def champion(self, name: str) -> tuple[str, Learner] | None:
+        """The present champion's version and learner."""
+        try:
+            version = self.client.get_model_version_by_alias(name, CHAMPION)
+        except MlflowException as error:
+            if error.error_code in MISSING:
+                return None
+            raise TrackingError(f"{self.uri}: cannot ask for {name}'s champion ({_short(error)}).") from error
+        return str(version.version), Learner.from_folder(self.fetch_model(f"models:/{name}@{CHAMPION}"))
+
+    def register(self, run_id: str, card: ModelCard, state: MetaState, tags: dict[str, str]) -> ModelVersion:
+        """Log the model to its run and register it as a new version with the alias `candidate`."""
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = Path(scratch) / ARTIFACT
+            write_model(folder, card, state)
+            with mlflow.start_run(run_id=run_id):
+                info = mlflow.pyfunc.log_model(
+                    name="model",
+                    python_model=str(Path(__file__).with_name("served_model.py")),
+                    artifacts={ARTIFACT: str(folder)},
+                    code_paths=[str(Path(pipeline.__file__).parent)],
+                    signature=signature(card),
+                    pip_requirements=[f"{name}=={importlib.metadata.version(name)}" for name in REQUIREMENTS],
+                )
+        try:
+            self.client.create_registered_model(card.name)
+        except MlflowException as error:
+            if error.error_code != "RESOURCE_ALREADY_EXISTS":
+                raise TrackingError(f"{self.uri}: cannot register {card.name} ({_short(error)}).") from error
+        version = self.client.create_model_version(card.name, info.model_uri, run_id, tags=tags)
+        self.client.set_registered_model_alias(card.name, CANDIDATE, str(version.version))
+        return version
+
+    def record(self, name: str, version: str, decision: Decision) -> None:
+        """Tag the version with the decision and, where it was promoted, give it the alias `champion`."""
+        for key, value in decision.tags().items():
+            self.client.set_model_version_tag(name, version, key, value)
+        if decision.promote:
+            self.client.set_registered_model_alias(name, CHAMPION, version)
+
+
+class RunLog:
+    """One MLflow run that this process writes."""
+
+    def __init__(self, tracker: Tracker, run_id: str, *, resumed: bool) -> None:
+        self.run_id = run_id
+        self._client = tracker.client
+        self._resumed = resumed
+
+    def describe(self, experiment: Experiment, data_digest: str) -> None:
+        """The full configuration as parameters and as a file, and the data set as an input."""
+        content = experiment.to_dict()
+        params = [Param(key, str(value)) for key, value in flatten(content).items()]
+        for start in range(0, len(params), BATCH_PARAMS):
+            self._client.log_batch(self.run_id, params=params[start : start + BATCH_PARAMS])
+        self._client.log_dict(self.run_id, content, "experiment.json")
+        folder = content["task"].get("data", content["task"]["family"])
+        dataset = MetaDataset(  # type: ignore[abstract]
+            LocalArtifactDatasetSource(folder), name=Path(folder).name, digest=data_digest[:DIGEST_LENGTH]
+        )
+        self._client.log_inputs(
+            self.run_id,
+            datasets=[DatasetInput(dataset._to_mlflow_entity(), [InputTag("mlflow.data.context", "meta-training")])],
+        )
+        self.tags({"data_digest": data_digest})
+
+    def last_step(self) -> int:
+        """The last step whose metrics have arrived; −1 where none have."""
+        metrics = self._client.get_run(self.run_id).data._metric_objs
+        return max((m.step for m in metrics if not m.key.startswith("system/")), default=-1)
+
+    def metrics(self, records: Sequence[dict[str, Any]]) -> None:
+        """Journal records: {"step": …, "time": milliseconds, name: value, …}. A step is never cut in two."""
+        batch: list[Metric] = []
+        for record in records:
+            values = {k: v for k, v in record.items() if k not in ("step", "time")}
+            if len(batch) + len(values) > BATCH_METRICS:
+                self._client.log_batch(self.run_id, metrics=batch)
+                batch = []
+            batch += [Metric(k, float(v), record["time"], record["step"]) for k, v in values.items()]
+        if batch:
+            self._client.log_batch(self.run_id, metrics=batch)
+
+    def summary(self, values: dict[str, float], *, step: int) -> None:
+        """Results of the whole run, at its last step."""
+        self.metrics([{"step": step, "time": int(time.time() * 1000), **values}])
+
+    def tags(self, tags: dict[str, str]) -> None:
+        self._client.log_batch(self.run_id, tags=[RunTag(k, v) for k, v in tags.items()])
+
+    def artifacts(self, folder: Path, into: str) -> None:
+        """Every file of a folder, under `into`."""
+        self._client.log_artifacts(self.run_id, str(folder), into)
+
+    def end(self, status: str) -> None:
+        """FINISHED, FAILED or KILLED."""
+        self._client.set_terminated(self.run_id, status)
+
+    @contextmanager
+    def system_metrics(self) -> Iterator[None]:
+        """CPU, memory, disk and network of this machine, sampled in the background while the block runs."""
+        monitor = SystemMetricsMonitor(self.run_id, resume_logging=self._resumed)
+        monitor.start()
+        try:
+            yield
+        finally:
+            monitor.finish()
+
+
+def _check_reachable(uri: str) -> None:
+    """Ask a server once: MLflow's own client would retry for minutes."""
+    if not uri.startswith(("http://", "https://")):
+        return
+    try:
+        with urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=REACH_SECONDS):
+            pass
+    except urllib.error.HTTPError:
+        pass  # it answers; what it allows will show
+    except (urllib.error.URLError, OSError, ValueError) as error:
+        raise TrackingError(
+            f"MLFLOW_TRACKING_URI={uri}: no MLflow server answers there ({getattr(error, 'reason', error)}). Start one "
+            "with `mlflow server`, or unset the variable to use sqlite in the current folder."
+        ) from error
+
+
+def _origin_tags() -> dict[str, str]:
+    """Where the code came from."""
+    tags = {"metapipe.version": pipeline.__version__}
+    here = Path(pipeline.__file__).parent
+    for key, command in (
+        ("mlflow.source.git.commit", ["git", "rev-parse", "HEAD"]),
+        ("git.changes", ["git", "status", "--porcelain", "--untracked-files=no"]),
+    ):
+        try:
+            answer = subprocess.run(command, cwd=here, capture_output=True, text=True, timeout=10, check=True)
+        except (OSError, subprocess.SubprocessError):
+            return tags  # not a checkout
+        tags[key] = answer.stdout.strip() if "commit" in key else str(bool(answer.stdout.strip())).lower()
+    return tags
+
+
+def _short(error: Exception) -> str:
+    """The first line of a message; MLflow's carry pages."""
+    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__

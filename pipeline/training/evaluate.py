@@ -1,0 +1,160 @@
+"""Fixed episodes -> mean and 95 % interval, inductive and transductive side by side, after 0…k adaptation steps.
+
+Every model that is compared meets the same episodes: slot i of step 0 under the evaluation's own seed. One model
+is evaluated, never an ensemble and never the best of several.
+
+Shapes: E episodes · M normalization modes · K + 1 adaptation steps, step 0 being the meta-initialization itself.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.training.context import Context, LocalContext
+from pipeline.types import Algorithm, MetaState, Normalization, Split, TaskFamily
+
+MODES: tuple[Normalization, ...] = ("inductive", "transductive")
+EPISODES_AT_ONCE = 32
+Z_95 = 1.959963984540054
+
+# Seeds of the fixed episode sets. Each set is used for one thing only.
+SELECTION_SEED = 1_000_001  # validation during training: checkpoint selection, plateaus, sweeps
+PROMOTION_SEED = 2_000_003  # candidate against champion
+TEST_SEED = 3_000_017  # reported results
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean over episodes with the half-width of its 95 % confidence interval (normal, 1.96·s/√E)."""
+
+    mean: float
+    half_width: float
+
+    @property
+    def low(self) -> float:
+        return self.mean - self.half_width
+
+    @property
+    def high(self) -> float:
+        return self.mean + self.half_width
+
+    @classmethod
+    def of(cls, values: Tensor) -> Estimate:
+        """values [E]; needs two at least for an interval (one gives an infinite one)."""
+        values = values.to(torch.float64)
+        spread = float(values.std(correction=1)) if len(values) > 1 else math.inf
+        return cls(float(values.mean()), Z_95 * spread / math.sqrt(len(values)))
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Scores [E, M, K + 1] and losses of the same shape, on the episodes of (seed, split)."""
+
+    scores: Tensor
+    losses: Tensor
+    score_name: str
+    split: Split
+    seed: int
+    data_digest: str
+
+    @property
+    def episodes(self) -> int:
+        return self.scores.shape[0]
+
+    @property
+    def adaptation_steps(self) -> int:
+        return self.scores.shape[2] - 1
+
+    def final_scores(self, mode: Normalization) -> Tensor:
+        """[E]: each episode's score after the last adaptation step."""
+        return self.scores[:, MODES.index(mode), -1]
+
+    def score(self, mode: Normalization, step: int = -1) -> Estimate:
+        return Estimate.of(self.scores[:, MODES.index(mode), step])
+
+    def loss(self, mode: Normalization, step: int = -1) -> Estimate:
+        return Estimate.of(self.losses[:, MODES.index(mode), step])
+
+    def to_dict(self) -> dict[str, Any]:
+        """The result with all that is needed to get it again."""
+        return {
+            "split": self.split,
+            "episodes": self.episodes,
+            "episode_seed": self.seed,
+            "data_digest": self.data_digest,
+            "score": self.score_name,
+            "interval": "95 % over episodes, 1.96·s/√n",
+            **{
+                mode: [
+                    {
+                        "adaptation_step": k,
+                        "mean": e.mean,
+                        "ci95": e.half_width,
+                        "loss": self.loss(mode, k).mean,
+                    }
+                    for k in range(self.adaptation_steps + 1)
+                    for e in [self.score(mode, k)]
+                ]
+                for mode in MODES
+            },
+        }
+
+
+def paired(candidate: Tensor, champion: Tensor) -> Estimate:
+    """The mean difference candidate − champion over the same episodes ([E] each), with its interval."""
+    return Estimate.of(candidate.to(torch.float64) - champion.to(torch.float64))
+
+
+def evaluate(
+    algorithm: Algorithm,
+    family: TaskFamily,
+    state: MetaState,
+    *,
+    split: Split,
+    seed: int,
+    episodes: int,
+    data_digest: str,
+    chunk: int | None,
+    steps: int | None = None,
+    context: Context | None = None,
+) -> Evaluation:
+    """Evaluate on `episodes` fixed episodes, shared among the context's ranks; every rank gets the whole result.
+
+    steps: adaptation steps, by default the algorithm's own for evaluation. chunk: episodes adapted at once (None: 32).
+    """
+    context = context or LocalContext()
+    steps = algorithm.eval_steps if steps is None else steps
+    # float64 and zeros for the other ranks' rows: the sum over ranks is then exact, whatever the number of ranks
+    results = torch.zeros(2, episodes, len(MODES), steps + 1, dtype=torch.float64, device=context.device)
+    mine = torch.arange(context.rank, episodes, context.world_size)
+    for slots in mine.split(chunk or EPISODES_AT_ONCE):
+        batch = family.sample(split, 0, slots, seed=seed)
+        rows = slots.to(context.device)
+        path = algorithm.adaptation_path(state, batch.support_x, batch.support_y, steps=steps, inductive=True)
+        for step, adapted in enumerate(path):
+            with torch.no_grad():
+                for m, mode in enumerate(MODES):
+                    outputs = algorithm.predict(adapted, batch.query_x, mode)
+                    results[0, rows, m, step] = family.objective.score(outputs, batch.query_y).to(torch.float64)
+                    results[1, rows, m, step] = family.objective.loss(outputs, batch.query_y).to(torch.float64)
+    if context.world_size > 1:
+        context.all_reduce(results)
+    scores, losses = results.cpu()
+    return Evaluation(scores, losses, family.objective.score_name, split, seed, data_digest)
+
+
+def summarize(evaluation: Evaluation, prefix: str, modes: Sequence[Normalization] = MODES) -> dict[str, float]:
+    """Flat metrics, e.g. `val_accuracy_inductive` and `val_accuracy_inductive_ci95`."""
+    metrics = {}
+    for mode in modes:
+        estimate = evaluation.score(mode)
+        metrics[f"{prefix}_{evaluation.score_name}_{mode}"] = estimate.mean
+        metrics[f"{prefix}_{evaluation.score_name}_{mode}_ci95"] = estimate.half_width
+        metrics[f"{prefix}_loss_{mode}"] = evaluation.loss(mode).mean
+    return metrics

@@ -1,0 +1,93 @@
+"""The outer optimizer and its learning-rate schedule, all of whose state is checkpointed."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from pipeline.config import Section
+from pipeline.types import Params
+
+
+class OuterConfig(Section):
+    """The outer update."""
+
+    optimizer: Literal["adam", "adamw", "sgd"] = "adam"
+    outer_lr: float = Field(default=1e-3, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+    momentum: float = Field(default=0.0, ge=0, lt=1)  # sgd only
+    schedule: Literal["constant", "cosine", "exponential", "plateau"] = "constant"
+    final_lr_fraction: float = Field(default=0.01, gt=0, le=1)
+    # cosine and exponential: share of outer_lr left at the last step; plateau: the share below which it stops
+    plateau_factor: float = Field(default=0.5, gt=0, lt=1)
+    plateau_patience: int = Field(default=5, ge=0)  # validations without a new best before the rate is reduced
+    warmup_steps: int = Field(default=0, ge=0)  # linear from outer_lr / warmup_steps
+    gradient_clip: float | None = Field(default=None, gt=0)  # bound on the meta-gradient's global norm
+
+
+def make_optimizer(config: OuterConfig, params: Params) -> torch.optim.Optimizer:
+    """The outer optimizer over the meta-parameters (its learning rate is set at every step)."""
+    leaves = list(params.values())
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(leaves, lr=config.outer_lr, momentum=config.momentum, weight_decay=config.weight_decay)
+    kind = torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW
+    return kind(leaves, lr=config.outer_lr, weight_decay=config.weight_decay)
+
+
+@dataclass
+class Plateau:
+    """Reduce-on-plateau: the scale halves (`plateau_factor`) after `patience` validations without a new best."""
+
+    scale: float = 1.0
+    bad_validations: int = 0
+
+    def after_validation(self, config: OuterConfig, *, improved: bool) -> None:
+        if config.schedule != "plateau":
+            return
+        self.bad_validations = 0 if improved else self.bad_validations + 1
+        if self.bad_validations > config.plateau_patience:
+            self.scale = max(self.scale * config.plateau_factor, config.final_lr_fraction)
+            self.bad_validations = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def outer_lr(config: OuterConfig, step: int, total_steps: int, plateau: Plateau) -> float:
+    """The rate of outer step `step` (from 0): a pure function of the step and the plateau state."""
+    rate = config.outer_lr
+    if step < config.warmup_steps:
+        return rate * (step + 1) / config.warmup_steps
+    span = max(1, total_steps - 1 - config.warmup_steps)
+    progress = min(1.0, (step - config.warmup_steps) / span)
+    if config.schedule == "cosine":
+        return rate * (
+            config.final_lr_fraction + (1 - config.final_lr_fraction) * (1 + math.cos(math.pi * progress)) / 2
+        )
+    if config.schedule == "exponential":
+        return rate * config.final_lr_fraction**progress
+    if config.schedule == "plateau":
+        return rate * plateau.scale
+    return rate
+
+
+def update(
+    config: OuterConfig, optimizer: torch.optim.Optimizer, params: Params, grads: Params, *, lr: float
+) -> Tensor:
+    """One outer update, in place on `params`. Returns the gradient's norm before clipping."""
+    norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in grads.values()]))
+    scale = 1.0
+    if config.gradient_clip is not None:
+        scale = min(1.0, config.gradient_clip / (float(norm) + 1e-12))
+    for name, leaf in params.items():
+        leaf.grad = grads[name] * scale if scale != 1.0 else grads[name]
+    for group in optimizer.param_groups:
+        group["lr"] = lr
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return norm

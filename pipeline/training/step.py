@@ -1,0 +1,75 @@
+"""The meta-gradient of one outer step: this rank's slots, chunk by chunk, then one all-reduce and one division."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pipeline.training.collectives import all_reduce_sums
+from pipeline.training.context import Context
+from pipeline.types import Algorithm, MetaGradient, MetaState, Params, TaskBatch
+
+
+class GlobalGradient(NamedTuple):
+    """Means over the tasks of the whole meta-batch; the same on every rank."""
+
+    grads: Params
+    metrics: dict[str, Tensor]
+    statistics: Params
+    finite: bool  # every number above, on every rank
+
+
+def slots_of_rank(context: Context, meta_batch_size: int) -> Tensor:
+    """Rank r of W takes slots r, r + W, …: int64 [its share]."""
+    return torch.arange(context.rank, meta_batch_size, context.world_size)
+
+
+def split_tasks(batch: TaskBatch, chunk: int | None) -> Iterator[TaskBatch]:
+    """The batch in pieces of at most `chunk` tasks (None: in one)."""
+    tasks = len(batch.support_x)
+    for start in range(0, tasks, chunk or tasks):
+        yield TaskBatch(*(part[start : start + (chunk or tasks)] for part in batch))
+
+
+def global_gradient(
+    context: Context,
+    algorithm: Algorithm,
+    state: MetaState,
+    batch: TaskBatch,
+    *,
+    step: int,
+    chunk: int | None,
+) -> GlobalGradient:
+    """Sums over this rank's tasks and their count, summed over ranks, then divided by the global count.
+
+    So unequal shares and chunks of any size give the mean over the whole meta-batch. A NaN on one rank reaches
+    every rank through the sum, so all of them agree on `finite` without another collective.
+    """
+    sums: Params = {}
+    for tasks in split_tasks(batch, chunk):
+        gradient = algorithm.meta_grad(state, tasks, step=step)
+        for name, value in _named(gradient).items():
+            sums[name] = sums[name] + value if name in sums else value
+    reference = next(iter(state.params.values()))
+    sums["count"] = torch.tensor(len(batch.support_x), dtype=reference.dtype, device=reference.device)
+    sums = all_reduce_sums(context, sums)
+    count = sums.pop("count")
+    means = {name: value / count for name, value in sums.items()}
+    finite = torch.stack([value.isfinite().all() for value in means.values()]).all()
+
+    def part(prefix: str) -> Params:
+        return {name.removeprefix(prefix): value for name, value in means.items() if name.startswith(prefix)}
+
+    return GlobalGradient(part("grads/"), part("metrics/"), part("statistics/"), bool(finite))
+
+
+def _named(gradient: MetaGradient) -> Params:
+    """The three parts as one flat dict, so that they travel in one all-reduce."""
+    return {
+        f"{field}/{name}": value
+        for field, values in zip(gradient._fields, gradient, strict=True)
+        for name, value in values.items()
+    }

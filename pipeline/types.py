@@ -1,0 +1,151 @@
+"""The contracts between the rooms: task families, task-batched models and algorithms.
+
+Shapes: T tasks · S support examples (n_way·k_shot) · Q query examples (n_way·n_query) · N either of them.
+Everything carries a leading task axis T. Tasks are independent, so the gradient of a sum over tasks is each
+task's own gradient; that is why `loss` returns one number per task and never their mean.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal, NamedTuple, Protocol
+
+from torch import Tensor
+
+Params = dict[str, Tensor]
+"""Named parameters; `[...]` per leaf as meta-parameters, `[T, ...]` per leaf once adapted."""
+
+Statistics = dict[str, Tensor]
+"""Named normalization statistics, `[T, channels]` per leaf (running statistics: `[channels]`)."""
+
+Split = Literal["meta_train", "meta_val", "meta_test"]
+SPLITS: tuple[Split, ...] = ("meta_train", "meta_val", "meta_test")
+
+Normalization = Literal["transductive", "inductive"]
+"""How a query set is normalized: by its own batch statistics (transductive: queries see each other, as the
+papers report), or by statistics that do not depend on it (inductive: one answer never depends on another)."""
+
+
+class TaskBatch(NamedTuple):
+    """Episodes, stacked over tasks. A pytree."""
+
+    support_x: Tensor  # [T, S, ...]
+    support_y: Tensor  # [T, S] class labels, or [T, S, D] regression targets
+    query_x: Tensor  # [T, Q, ...]
+    query_y: Tensor  # [T, Q] or [T, Q, D]
+
+
+class Objective(Protocol):
+    """The loss and the score of a kind of task."""
+
+    name: str
+    score_name: str  # "accuracy" or "mse"
+    higher_is_better: bool
+
+    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """[T, N, num_outputs], targets -> [T]: each task's mean loss over its N examples."""
+        ...
+
+    def score(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """[T, N, num_outputs], targets -> [T]: each task's mean score over its N examples."""
+        ...
+
+    def answers(self, outputs: Tensor) -> Tensor:
+        """Outputs as a user wants them: class probabilities, or predicted values."""
+        ...
+
+
+class TaskFamily(Protocol):
+    """Where episodes come from, and the objective that fits them."""
+
+    objective: Objective
+    input_shape: tuple[int, ...]  # of one example, e.g. (C, H, W)
+    num_outputs: int  # n_way, or the dimension of the regression target
+    prefetch: bool  # True if sampling waits for a disk, so that the loop should sample one step ahead
+
+    def sample(self, split: Split, step: int, slots: Tensor, *, seed: int) -> TaskBatch:
+        """The episodes of `slots` (int64 [T]): a pure function of (seed, split, step, slot)."""
+        ...
+
+
+class TaskModel(Protocol):
+    """A network whose parameters and inputs carry a leading task axis."""
+
+    cpu_task_chunk: int | None  # tasks at once that are fastest on CPU, as measured; None: as many as there are
+
+    def init(self, seed: int) -> Params:
+        """Fresh meta-parameters (no task axis), a pure function of `seed`."""
+        ...
+
+    def apply(
+        self, params: Params, x: Tensor, *, statistics: Statistics | None = None, observe: bool = False
+    ) -> tuple[Tensor, Statistics]:
+        """Parameters [T, ...] and x [T, N, ...] -> outputs [T, N, num_outputs] and normalization statistics.
+
+        With `statistics` None each task is normalized by the batch statistics of its own `x`; otherwise by the
+        given ones. `observe` returns the batch statistics of this pass (differentiable); else the dict is empty.
+        """
+        ...
+
+
+class MetaState(NamedTuple):
+    """What meta-learning learns: parameters by gradient, buffers (running statistics) without one."""
+
+    params: Params
+    buffers: Statistics
+
+
+class Adapted(NamedTuple):
+    """Parameters adapted to T support sets, and the statistics for inductive prediction (None: not asked for)."""
+
+    params: Params
+    statistics: Statistics | None
+
+
+class MetaGradient(NamedTuple):
+    """Sums over the tasks of a batch, so that ranks and chunks of any size add up to the same mean."""
+
+    grads: Params
+    metrics: dict[str, Tensor]  # scalars
+    statistics: Statistics  # observed, for the running buffers; empty where none are kept
+
+
+class Algorithm(Protocol):
+    """Pure functions over parameter pytrees: no collectives, no global random numbers.
+
+    `meta_grad` and not `meta_loss`, because Reptile and iMAML have no loss to differentiate.
+    """
+
+    train_steps: int  # adaptation steps in training
+    eval_steps: int  # adaptation steps in evaluation and serving
+
+    def init(self, seed: int) -> MetaState: ...
+
+    def adaptation_path(
+        self,
+        state: MetaState,
+        support_x: Tensor,
+        support_y: Tensor,
+        *,
+        steps: int,
+        inductive: bool,
+        num_classes: int | None = None,
+    ) -> Iterator[Adapted]:
+        """The adapted learner after 0, 1, … `steps` adaptation steps, without a graph.
+
+        `inductive` also computes the statistics that inductive prediction needs. `num_classes` below the
+        number of outputs leaves the unused outputs out of the support loss.
+        """
+        ...
+
+    def predict(self, adapted: Adapted, query_x: Tensor, normalization: Normalization) -> Tensor:
+        """Query inputs [T, Q, ...] -> outputs [T, Q, num_outputs] (logits, or regression values)."""
+        ...
+
+    def meta_grad(self, state: MetaState, batch: TaskBatch, *, step: int) -> MetaGradient:
+        """The meta-gradient of the batch's tasks, summed over them. `step` drives annealing."""
+        ...
+
+    def update_buffers(self, buffers: Statistics, observed: Statistics) -> Statistics:
+        """New buffers from the global mean of the observed statistics (empty in, empty out)."""
+        ...

@@ -1,0 +1,293 @@
+"""The whole way of one command: check, train, evaluate, register. What the jobs call."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from pipeline import experiment as experiments
+from pipeline import launch, pictures, promotion, runs, storage
+from pipeline.baselines import nearest_neighbour
+from pipeline.errors import ConfigError, TrackingError
+from pipeline.experiment import Components, Experiment
+from pipeline.learner import Learner, card_of
+from pipeline.runs import JOURNAL_FILE, RunFolder
+from pipeline.tasks.images import ImageTasks
+from pipeline.tracking import RunLog, Tracker
+from pipeline.training import journal
+from pipeline.training.evaluate import SELECTION_SEED, TEST_SEED, Estimate, Evaluation, evaluate, paired, summarize
+from pipeline.training.memory import keep_freed_memory
+from pipeline.types import MetaState, Normalization, Split
+
+FOLLOW_SECONDS = 1.0
+Observer = Callable[[list[dict[str, Any]]], None]
+
+
+class Registration(NamedTuple):
+    """A registered version and what became of it."""
+
+    name: str
+    version: str
+    decision: promotion.Decision
+
+
+class Outcome(NamedTuple):
+    """A finished run."""
+
+    run: RunFolder
+    test: Evaluation
+    registration: Registration | None
+    mlflow_run_id: str
+    resumed: bool
+    hint: str  # how to look at the results
+
+
+def train(
+    exp: Experiment, *, fresh: bool = False, observe: Observer = lambda _: None, say: Callable[[str], None] = print
+) -> Outcome:
+    """Train, or go on with, a run; evaluate its best checkpoint; register it.
+
+    observe: is given the metrics records as they come. say: is told what happens, a line at a time.
+
+    Raises UserError: bad input, before any worker starts; TrainingStopped: the run ended early.
+    """
+    keep_freed_memory()
+    exp = exp.model_copy(update={"task": exp.task.absolute()})
+    data_digest = experiments.check_fits(exp)
+    tracker = Tracker()
+    run, resumed = runs.open_run(exp, data_digest=data_digest, fresh=fresh)
+    with run.locked():
+        say(f"{'going on with' if resumed else 'run'} {run.path}")
+        log = tracker.start(
+            exp,
+            run_name=f"{exp.name}/{run.path.name}",
+            data_digest=data_digest,
+            run_id=run.read().get("mlflow_run_id"),
+        )
+        run.update(mlflow_run_id=log.run_id, mlflow_uri=tracker.uri)
+        try:
+            with log.system_metrics(), _following(run, log, observe):
+                launch.run_workers(exp, run)
+            parts = experiments.build(exp, device=launch.default_device())
+            test = _evaluate_run(exp, run, parts, log, data_digest)
+            registration = None
+            if exp.tracking.register_model:
+                say("comparing with the champion on validation episodes that serve nothing else")
+                registration = _register(exp, run, parts, tracker, test)
+        except BaseException as error:
+            log.end("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+            raise
+        log.end("FINISHED")
+        run.update(status="finished")
+    return Outcome(run, test, registration, log.run_id, resumed, tracker.hint)
+
+
+@contextmanager
+def _following(run: RunFolder, log: RunLog, observe: Observer) -> Iterator[None]:
+    """Deliver the journal's records to MLflow and to the observer while the block runs, and the rest after it."""
+    to_mlflow = journal.JournalReader(run.path / JOURNAL_FILE, after_step=log.last_step())
+    to_observer = journal.JournalReader(run.path / JOURNAL_FILE)
+    done = threading.Event()
+    failure: list[Exception] = []
+
+    def deliver() -> None:
+        observe(to_observer.new_records())
+        log.metrics(to_mlflow.new_records())
+
+    def follow() -> None:
+        try:
+            while not done.wait(FOLLOW_SECONDS):
+                deliver()
+        except Exception as error:  # shown by the main thread, once the workers are through
+            failure.append(error)
+
+    follower = threading.Thread(target=follow, name="journal", daemon=True)
+    follower.start()
+    try:
+        yield
+    finally:
+        done.set()
+        follower.join()
+        if not failure:
+            deliver()
+    if failure:
+        raise TrackingError(
+            f"metrics could not be delivered ({failure[0]}). They are kept in {run.path / JOURNAL_FILE}; run the same "
+            "command again to deliver them."
+        )
+
+
+def _best(run: RunFolder) -> tuple[int, MetaState]:
+    step = run.checkpoints.best()
+    if step is None:
+        step = run.checkpoints.latest()
+    if step is None:
+        raise ConfigError(f"{run.path}: has no checkpoint yet. Train it first.")
+    return step, run.checkpoints.load_meta(step, launch.default_device())
+
+
+def _evaluate_run(exp: Experiment, run: RunFolder, parts: Components, log: RunLog, data_digest: str) -> Evaluation:
+    """The best checkpoint on the test episodes: numbers, per-episode results and pictures, in the run and in MLflow."""
+    step, state = _best(run)
+    test = evaluate(
+        parts.algorithm,
+        parts.family,
+        state,
+        split="meta_test",
+        seed=TEST_SEED,
+        episodes=exp.evaluation.test_episodes,
+        data_digest=data_digest,
+        chunk=experiments.task_chunk(exp, parts, launch.default_device()),
+    )
+    folder = run.evaluation
+    folder.mkdir(exist_ok=True)
+    content = {**test.to_dict(), "checkpoint_step": step}
+    (folder / "test.json").write_text(json.dumps(content, indent=1) + "\n")
+    storage.write_results(test, folder / "test.parquet")
+    records = journal.read(run.path / JOURNAL_FILE)
+    pictures.training_curves(records, test.score_name, folder / "curves.png")
+    pictures.adaptation_curve(test, folder / "adaptation.png")
+    if isinstance(parts.family, ImageTasks):
+        batch = parts.family.sample("meta_val", 0, torch.arange(4), seed=SELECTION_SEED)
+        pictures.episodes(batch, folder / "episodes.png", n_way=exp.task.n_way)
+    log.artifacts(folder, "evaluation")
+    log.summary(summarize(test, "test"), step=exp.training.steps)
+    log.tags({"checkpoint.best_step": str(step), "checkpoint.folder": str(run.checkpoints.path(step))})
+    return test
+
+
+def _register(exp: Experiment, run: RunFolder, parts: Components, tracker: Tracker, test: Evaluation) -> Registration:
+    step, state = _best(run)
+    manifest = parts.family.manifest if isinstance(parts.family, ImageTasks) else None
+    facts = json.loads((run.checkpoints.path(step) / "meta.json").read_text())
+    card = card_of(
+        exp,
+        objective=parts.family.objective.name,
+        input_shape=parts.family.input_shape,
+        num_outputs=parts.family.num_outputs,
+        preprocessing=manifest.preprocessing if manifest else None,
+        data_digest=run.read()["data_digest"],
+        checkpoint={"run": f"{exp.name}/{run.path.name}", "step": step, "sha256": facts["sha256"]},
+    )
+    learner = Learner(card, MetaState(*({k: v.cpu() for k, v in part.items()} for part in state)))
+    champion = tracker.champion(exp.name)
+    decision = promotion.decide(
+        learner,
+        champion,
+        parts.family,
+        episodes=exp.evaluation.promotion_episodes,
+        chunk=experiments.task_chunk(exp, parts, launch.default_device()),
+        device=launch.default_device(),
+    )
+    tags = {
+        "data_digest": card.data_digest,
+        "checkpoint.run": card.checkpoint["run"],
+        "checkpoint.step": str(step),
+        "checkpoint.sha256": facts["sha256"],
+        "normalization.training": card.normalization,
+        "normalization.serving": promotion.MODE,
+        **{key: f"{value:.6f}" for key, value in summarize(test, "test").items()},
+    }
+    version = tracker.register(run.read()["mlflow_run_id"], card, learner.state, tags)
+    tracker.record(exp.name, str(version.version), decision)
+    run.update(registered=f"models:/{exp.name}/{version.version}")
+    return Registration(exp.name, str(version.version), decision)
+
+
+def register(path: str | Path) -> Registration:
+    """Register the best checkpoint of a finished run anew, by the same rule as training.
+
+    Raises UserError: no such run, not finished, or its data set has changed since.
+    """
+    run = runs.find_run(path)
+    if not run.finished:
+        raise ConfigError(f"{run.path}: is not finished. Run its training command again first; it registers by itself.")
+    exp = run.experiment()
+    digest = experiments.check_fits(exp)
+    if digest != run.read()["data_digest"]:
+        raise ConfigError(f"{run.path}: was trained on other data (the data set's digest has changed since).")
+    tracker = Tracker()
+    parts = experiments.build(exp, device=launch.default_device())
+    log = RunLog(tracker, run.read()["mlflow_run_id"], resumed=True)
+    test = _evaluate_run(exp, run, parts, log, digest)
+    return _register(exp, run, parts, tracker, test)
+
+
+class Comparison(NamedTuple):
+    """A baseline on the same episodes: its score, and how much better the model is, paired by episode."""
+
+    name: str
+    score: Estimate
+    advantage: Estimate
+
+
+class ModelEvaluation(NamedTuple):
+    learner: Learner
+    evaluation: Evaluation
+    comparisons: list[Comparison]
+    mode: Normalization
+
+
+def evaluate_model(
+    learner: Learner,
+    *,
+    data: Path | None = None,
+    class_split: str | None = None,
+    part: Split = "meta_test",
+    episodes: int = 1000,
+    seed: int = TEST_SEED,
+    steps: int | None = None,
+    k_shot: int | None = None,
+    n_query: int | None = None,
+    baselines: bool = False,
+) -> ModelEvaluation:
+    """A model on fixed episodes of a data set (by default the one it was trained on).
+
+    Raises DataError: the data set is missing, damaged, too small, or its images have another shape.
+    """
+    keep_freed_memory()
+    exp = experiments.from_dict(learner.card.experiment, source="the model's experiment")
+    changes = {"data": data, "split": class_split, "k_shot": k_shot, "eval_n_query": n_query}
+    if learner.card.objective != "classification":
+        changes = {"eval_k_shot": k_shot, "eval_n_query": n_query}
+    task = exp.task.model_copy(update={k: v for k, v in changes.items() if v is not None})
+    digest = task.verify()
+    device = launch.default_device()
+    family = task.build(device=device, dtype=learner.dtype)
+    chunk = experiments.task_chunk(exp, Components(family, learner.model, learner.algorithm), device)
+    if list(family.input_shape) != learner.card.input_shape:
+        raise ConfigError(
+            f"{task.data}: its images are {list(family.input_shape)}, {learner.card.name} takes "
+            f"{learner.card.input_shape}. Prepare the data set with that --size."
+        )
+
+    def run(state: MetaState) -> Evaluation:
+        return evaluate(
+            learner.algorithm,
+            family,
+            MetaState(*({k: v.to(device) for k, v in group.items()} for group in state)),
+            split=part,
+            seed=seed,
+            episodes=episodes,
+            data_digest=digest,
+            chunk=chunk,
+            steps=steps,
+        )
+
+    evaluation = run(learner.state)
+    comparisons = []
+    if baselines:
+        ours = evaluation.final_scores(promotion.MODE)
+        untrained = run(learner.algorithm.init(exp.seed)).final_scores(promotion.MODE)
+        others = {"same network, untrained, adapted": untrained}
+        if learner.card.objective == "classification":
+            others["nearest neighbour on pixels"] = nearest_neighbour(family, split=part, seed=seed, episodes=episodes)
+        sign = 1 if family.objective.higher_is_better else -1
+        comparisons = [Comparison(n, Estimate.of(s), paired(sign * ours, sign * s)) for n, s in others.items()]
+    return ModelEvaluation(learner, evaluation, comparisons, promotion.MODE)

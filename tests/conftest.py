@@ -1,0 +1,60 @@
+"""Data that several tests share."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipeline.datasets.source import RawClass
+from pipeline.tasks import shards
+from pipeline.types import SPLITS, Split
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def tiny_data_set(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """A factory of small image data sets, each in a folder of its own.
+
+    `classes` names "group0/class00", … in groups of four; each class is its own random pattern under noise, so that
+    a few adaptation steps can tell classes apart. The class split "random" deals them to the parts in turn.
+    """
+
+    def make(*, classes: int = 16, per_class: int = 8, size: int = 12, channels: int = 1) -> Path:
+        names = [f"group{i // 4}/class{i:02d}" for i in range(classes)]
+        parts: dict[str, Split] = {name: SPLITS[i % len(SPLITS)] for i, name in enumerate(names)}
+
+        def source() -> Iterator[RawClass]:
+            for i, name in enumerate(names):
+                random = np.random.default_rng(i)
+                pattern = random.choice([0, 200], size=(1, size, size, channels))
+                noise = random.integers(0, 56, size=(per_class, size, size, channels))
+                yield RawClass(name, name.split("/")[0], (pattern + noise).astype(np.uint8))
+
+        out = tmp_path_factory.mktemp("data") / "tiny"
+        shards.write(
+            out,
+            source(),
+            splits={"random": parts},
+            source={"name": "tiny"},
+            preprocessing={"kind": "drawing", "size": size, "channels": channels},
+        )
+        return out
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tiny_data_set: Callable[..., Path]) -> Path:
+    """16 classes of 8 images, 12×12×1. Shared: do not change it."""
+    return tiny_data_set()
+
+
+@pytest.fixture(scope="session")
+def omniglot_zips() -> Path:
+    """The folder of Omniglot's official archives. Tests that use it carry `@pytest.mark.data`."""
+    folder = REPOSITORY.parent / "shared" / "data" / "omniglot"
+    if not (folder / "images_background.zip").is_file():
+        pytest.skip(f"the real Omniglot archives are not at {folder}")
+    return folder

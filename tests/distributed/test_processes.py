@@ -1,0 +1,203 @@
+"""Real processes over gloo: any number of workers gives the same parameters; a killed run resumes bit-identically."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline import experiment as experiments
+from pipeline import launch, runs
+from pipeline.errors import TrainingStopped
+from pipeline.experiment import Experiment
+from pipeline.runs import RunFolder
+from pipeline.training import journal
+from pipeline.training.context import Context, run_processes
+from pipeline.training.evaluate import SELECTION_SEED, evaluate
+from pipeline.training.step import global_gradient, slots_of_rank
+from pipeline.types import MetaState, Params
+
+pytestmark = pytest.mark.distributed
+
+
+def experiment(runs_folder: Path, data: Path, **training: object) -> Experiment:
+    content = {
+        "name": "images",
+        "task": {"family": "images", "data": str(data), "split": "random", "n_query": 2, "eval_n_query": 2},
+        "model": {"name": "conv4", "hidden": 4, "downsample": "stride"},
+        "algorithm": {"name": "maml", "inner_lr": 0.1, "adaptation_steps": 2},
+        "training": {
+            "steps": 20,
+            "meta_batch_size": 8,
+            "backend": "processes",
+            "dtype": "float64",
+            "validate_every": 10,
+            **training,
+        },
+        "evaluation": {"validation_episodes": 7},
+        "tracking": {"runs": str(runs_folder)},
+    }
+    return experiments.from_dict(content, source="test")
+
+
+def run_to_end(exp: Experiment) -> RunFolder:
+    run, _ = runs.open_run(exp, data_digest=experiments.check_fits(exp))
+    launch.run_workers(exp, run)
+    return run
+
+
+def final_params(run: RunFolder) -> Params:
+    latest = run.checkpoints.latest()
+    assert latest is not None
+    return run.checkpoints.load_meta(latest).params
+
+
+def test_any_number_of_workers_gives_the_same_parameters(tiny_data: Path, tmp_path: Path) -> None:
+    """W = 1, 2, 3, 4 after 20 steps of Adam in float64, with shares as unequal as 3, 3, 2: ≤ 1e-10 relative."""
+    reference = run_to_end(experiment(tmp_path / "1", tiny_data, num_workers=1))
+    for workers, chunk in ((2, None), (3, 2), (4, 1)):
+        run = run_to_end(experiment(tmp_path / str(workers), tiny_data, num_workers=workers, task_chunk=chunk))
+        for name, value in final_params(reference).items():
+            other = final_params(run)[name]
+            assert float((other - value).norm() / value.norm()) <= 1e-10, (workers, name)
+        ours, theirs = journal.read(run.path / "metrics.jsonl"), journal.read(reference.path / "metrics.jsonl")
+        key = "val_accuracy_inductive"
+        assert [r[key] for r in ours if key in r] == [r[key] for r in theirs if key in r]
+
+
+def first_step_loss(context: Context, content: dict, file: str) -> None:
+    exp = experiments.from_dict(content, source="test")
+    parts = experiments.build(exp, device=context.device)
+    slots = slots_of_rank(context, exp.training.meta_batch_size)
+    batch = parts.family.sample("meta_train", 0, slots, seed=exp.seed)
+    gradient = global_gradient(context, parts.algorithm, parts.algorithm.init(0), batch, step=0, chunk=None)
+    evaluation = evaluate(
+        parts.algorithm,
+        parts.family,
+        parts.algorithm.init(0),
+        split="meta_val",
+        seed=SELECTION_SEED,
+        episodes=7,
+        data_digest="",
+        chunk=2,
+        context=context,
+    )
+    assert evaluation.scores.shape == (7, 2, 3)  # every rank gets every episode
+    if context.rank == 0:
+        torch.save(gradient.metrics["meta_loss"], file)
+
+
+def test_first_loss_in_float32_agrees_across_workers(tiny_data: Path, tmp_path: Path) -> None:
+    losses = []
+    for workers in (1, 3):
+        exp = experiment(tmp_path, tiny_data, num_workers=workers, dtype="float32")
+        file = str(tmp_path / f"loss-{workers}")
+        run_processes(first_step_loss, exp.to_dict(), file, num_workers=workers)
+        losses.append(float(torch.load(file, weights_only=True)))
+    assert abs(losses[0] - losses[1]) <= 1e-6 * abs(losses[0])
+
+
+DRIVER = """
+import sys
+from pathlib import Path
+from pipeline import experiment as experiments, launch, runs
+if __name__ == "__main__":  # the workers are spawned and import this file
+    exp = experiments.load(sys.argv[1])
+    run, resumed = runs.open_run(exp, data_digest=experiments.check_fits(exp))
+    print("resumed" if resumed else "new", flush=True)
+    launch.run_workers(exp, run)
+"""
+
+
+def children(pid: int) -> list[int]:
+    listing = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True).stdout
+    return [int(line) for line in listing.split()]
+
+
+def test_killed_and_resumed_is_bit_identical(tiny_data: Path, tmp_path: Path) -> None:
+    """SIGKILL of the driver and every worker in the middle; the same command again; nothing differs at the end."""
+    import yaml
+
+    def config_file(name: str) -> Path:
+        exp = experiment(tmp_path / name, tiny_data, num_workers=2, steps=60, dtype="float32")
+        file = tmp_path / f"{name}.yaml"
+        file.write_text(yaml.safe_dump(exp.to_dict()))
+        return file
+
+    script = tmp_path / "driver.py"
+    script.write_text(DRIVER)
+    undisturbed = run_to_end(experiments.load(config_file("undisturbed")))
+
+    command = [sys.executable, str(script), str(config_file("killed"))]
+    driver = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    checkpoints = RunFolder(tmp_path / "killed" / "images" / "001").checkpoints
+    deadline = time.monotonic() + 120
+    while not checkpoints.folder.exists() or not checkpoints.steps() or checkpoints.steps()[-1] < 20:
+        assert time.monotonic() < deadline
+        assert driver.poll() is None, "ended before it could be killed"
+        time.sleep(0.01)
+    for pid in [driver.pid, *children(driver.pid)]:
+        os.kill(pid, signal.SIGKILL)
+    driver.wait()
+    killed_at = checkpoints.steps()[-1]
+    assert killed_at < 60
+
+    again = subprocess.run(command, capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    assert again.stdout.strip() == "resumed"
+    resumed = RunFolder(tmp_path / "killed" / "images" / "001")
+    ours, theirs = (run.checkpoints.load(60) for run in (resumed, undisturbed))
+    for name, value in theirs["params"].items():
+        assert torch.equal(ours["params"][name], value), name
+    for key, entry in theirs["optimizer"]["state"].items():
+        assert all(torch.equal(ours["optimizer"]["state"][key][k], v) for k, v in entry.items())
+
+    def without_clock(run: RunFolder) -> list[dict]:
+        hidden = ("time", "tasks_per_second")
+        return [{k: v for k, v in r.items() if k not in hidden} for r in journal.read(run.path / "metrics.jsonl")]
+
+    assert without_clock(resumed) == without_clock(undisturbed)  # no step's metrics lost, none twice
+    assert [record["step"] for record in without_clock(resumed)] == list(range(1, 61))
+
+
+def test_nonfinite_steps_are_skipped_by_all_ranks_and_then_stop_the_run(tiny_data: Path, tmp_path: Path) -> None:
+    exp = experiment(tmp_path, tiny_data, num_workers=2, dtype="float32", max_nonfinite_steps=3)
+    exp = exp.model_copy(update={"algorithm": exp.algorithm.model_copy(update={"inner_lr": 1e30})})
+    run, _ = runs.open_run(exp, data_digest=experiments.check_fits(exp))
+    with pytest.raises(TrainingStopped, match="not finite 3 times in a row"):
+        launch.run_workers(exp, run)
+
+
+def nan_on_one_rank(context: Context, content: dict, folder: str) -> None:
+    exp = experiments.from_dict(content, source="test")
+    parts = experiments.build(exp, device=context.device)
+    slots = slots_of_rank(context, exp.training.meta_batch_size)
+    batch = parts.family.sample("meta_train", 0, slots, seed=exp.seed)
+    if context.rank == 1:
+        batch = batch._replace(query_x=batch.query_x * float("nan"))
+    state: MetaState = parts.algorithm.init(0)
+    gradient = global_gradient(context, parts.algorithm, state, batch, step=0, chunk=None)
+    (Path(folder) / str(context.rank)).write_text(str(gradient.finite))
+
+
+def test_nan_on_one_rank_is_seen_by_all(tiny_data: Path, tmp_path: Path) -> None:
+    exp = experiment(tmp_path, tiny_data, num_workers=3)
+    run_processes(nan_on_one_rank, exp.to_dict(), str(tmp_path), num_workers=3)
+    assert [(tmp_path / str(rank)).read_text() for rank in range(3)] == ["False"] * 3
+
+
+def test_a_lost_worker_ends_the_others_and_says_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(TrainingStopped, match="worker 1 ended with exit code 7"):
+        run_processes(one_leaves, num_workers=2)
+
+
+def one_leaves(context: Context) -> None:
+    if context.rank == 1:
+        os._exit(7)
+    context.all_reduce(torch.zeros(1))
