@@ -6,9 +6,9 @@ Exit codes: 0 done · 1 a defect of ours or an interruption · 2 bad input · 3 
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sys
-import warnings
 from collections.abc import Callable
 from typing import Annotated, Any
 
@@ -55,7 +55,8 @@ def run(app: typer.Typer) -> None:
     sys.argv = [argument for argument in sys.argv if argument != DEBUG_FLAG]
     if not debug:  # the libraries' notes would tear the display, and their advice is for other readers
         os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")
-        warnings.filterwarnings("ignore", category=UserWarning, module=r"mlflow\..*|mlflow")
+        logging.captureWarnings(True)
+        logging.getLogger("py.warnings").propagate = False
     try:
         app()
     except KeyboardInterrupt:

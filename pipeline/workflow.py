@@ -64,13 +64,7 @@ def train(
     run, resumed = runs.open_run(exp, data_digest=data_digest, fresh=fresh)
     with run.locked():
         say(f"{'going on with' if resumed else 'run'} {run.path}")
-        log = tracker.start(
-            exp,
-            run_name=f"{exp.name}/{run.path.name}",
-            data_digest=data_digest,
-            run_id=run.read().get("mlflow_run_id"),
-        )
-        run.update(mlflow_run_id=log.run_id, mlflow_uri=tracker.uri)
+        log = _open_log(exp, run, tracker)
         try:
             with log.system_metrics(), _following(run, log, observe):
                 launch.run_workers(exp, run)
@@ -86,6 +80,16 @@ def train(
         log.end("FINISHED")
         run.update(status="finished")
     return Outcome(run, test, registration, log.run_id, resumed, tracker.hint)
+
+
+def _open_log(exp: Experiment, run: RunFolder, tracker: Tracker) -> RunLog:
+    """The run's MLflow run: gone on with, or new where this tracking store has none of it yet."""
+    facts = run.read()
+    run_id = facts.get("mlflow_run_id") if facts.get("mlflow_uri") == tracker.uri else None
+    name = f"{exp.name}/{run.path.name}"
+    log = tracker.start(exp, run_name=name, data_digest=facts["data_digest"], run_id=run_id)
+    run.update(mlflow_run_id=log.run_id, mlflow_uri=tracker.uri)
+    return log
 
 
 @contextmanager
@@ -214,9 +218,14 @@ def register(path: str | Path) -> Registration:
         raise ConfigError(f"{run.path}: was trained on other data (the data set's digest has changed since).")
     tracker = Tracker()
     parts = experiments.build(exp, device=launch.default_device())
-    log = RunLog(tracker, run.read()["mlflow_run_id"], resumed=True)
-    test = _evaluate_run(exp, run, parts, log, digest)
-    return _register(exp, run, parts, tracker, test)
+    with run.locked():
+        log = _open_log(exp, run, tracker)
+        with _following(run, log, lambda _: None):  # delivers what this tracking store does not have yet
+            pass
+        test = _evaluate_run(exp, run, parts, log, digest)
+        registration = _register(exp, run, parts, tracker, test)
+        log.end("FINISHED")
+    return registration
 
 
 class Comparison(NamedTuple):

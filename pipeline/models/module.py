@@ -101,6 +101,7 @@ class ModuleModel:
         self._norms = {n: m for n, m in self._module.named_modules() if isinstance(m, EpisodeBatchNorm)}
         convolutional = any(isinstance(m, nn.modules.conv._ConvNd) for m in self._module.modules())
         self._convolutional = convolutional
+        self._device = torch.device("cpu")
         self._batching = batching
 
     def _fresh(self, seed: int) -> nn.Module:
@@ -130,6 +131,9 @@ class ModuleModel:
         self, params: Params, x: Tensor, *, statistics: Statistics | None = None, observe: bool = False
     ) -> tuple[Tensor, Statistics]:
         """x [T, N, ...] -> outputs [T, N, num_outputs], observed statistics."""
+        if self._device != x.device:  # buffers follow the inputs; parameters come from outside
+            self._module.to(x.device)
+            self._device = x.device
         if self._use_vmap(x):
             in_dims = (0, 0, None if statistics is None else 0)
             outputs, observed = vmap(self._one_task, in_dims=in_dims, randomness="error")(params, x, statistics)

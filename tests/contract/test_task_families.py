@@ -1,0 +1,156 @@
+"""What every task family of the registry must do."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pipeline.config import validate
+from pipeline.errors import DataError
+from pipeline.tasks import TASK_FAMILIES
+from pipeline.types import SPLITS, TaskBatch, TaskFamily
+
+CASES: dict[str, dict[str, dict[str, Any]]] = {
+    "images": {
+        "in-memory": {"n_way": 4, "k_shot": 2, "n_query": 3, "eval_n_query": 4},
+        "memory-mapped": {"n_way": 4, "k_shot": 2, "n_query": 3, "eval_n_query": 4, "memory_limit_mb": 0},
+        "rotations-as-classes": {"n_way": 4, "k_shot": 2, "n_query": 3, "eval_n_query": 4, "rotations": "new_classes"},
+        "rotations-per-class": {"n_way": 4, "k_shot": 2, "n_query": 3, "eval_n_query": 4, "rotations": "per_class"},
+    },
+    "sinusoid": {"default": {"k_shot": 6, "n_query": 7}},
+}
+
+
+def names() -> list[str]:
+    return [config.model_fields["family"].annotation.__args__[0] for config in TASK_FAMILIES]
+
+
+def build(name: str, options: dict[str, Any], data: Path, dtype: torch.dtype = torch.float32) -> TaskFamily:
+    config = next(c for c in TASK_FAMILIES if c.model_fields["family"].annotation.__args__[0] == name)
+    content = {"family": name, **options, **({"data": data, "split": "random"} if name == "images" else {})}
+    return validate(config, content, source="contract").build(device=torch.device("cpu"), dtype=dtype)
+
+
+@pytest.fixture(params=[pytest.param((n, o), id=f"{n}-{case}") for n in CASES for case, o in CASES[n].items()])
+def family(request: pytest.FixtureRequest, tiny_data: Path) -> TaskFamily:
+    return build(*request.param, tiny_data)
+
+
+def equal(a: TaskBatch, b: TaskBatch) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+def test_every_family_is_covered() -> None:
+    assert set(names()) == set(CASES)
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_shapes_and_types(family: TaskFamily, split: Any) -> None:
+    batch = family.sample(split, 3, torch.arange(5), seed=0)
+    for x, y in ((batch.support_x, batch.support_y), (batch.query_x, batch.query_y)):
+        assert x.shape[0] == 5
+        assert x.shape[2:] == family.input_shape
+        assert y.shape[:2] == x.shape[:2]
+        assert x.dtype == torch.float32
+        assert bool(x.isfinite().all())
+    outputs = torch.zeros(5, batch.query_y.shape[1], family.num_outputs)
+    assert family.objective.loss(outputs, batch.query_y).shape == (5,)
+    assert family.objective.score(outputs, batch.query_y).shape == (5,)
+
+
+def test_an_episode_depends_on_seed_split_step_and_slot_only(family: TaskFamily) -> None:
+    """Any share of the slots, in any order, gives the same episodes; no global random number is used."""
+    before = torch.random.get_rng_state()
+    whole = family.sample("meta_train", 7, torch.arange(6), seed=1)
+    share = family.sample("meta_train", 7, torch.tensor([5, 1]), seed=1)
+    assert equal(share, TaskBatch(*(part[[5, 1]] for part in whole)))
+    torch.manual_seed(123)
+    assert equal(family.sample("meta_train", 7, torch.arange(6), seed=1), whole)
+    torch.random.set_rng_state(before)
+
+
+def test_seeds_splits_steps_and_slots_differ(family: TaskFamily) -> None:
+    slot = torch.tensor([0])
+    draws = [
+        family.sample("meta_train", 0, slot, seed=0),
+        family.sample("meta_train", 0, slot, seed=1),
+        family.sample("meta_train", 1, slot, seed=0),
+        family.sample("meta_train", 0, torch.tensor([1]), seed=0),
+    ]
+    assert not any(equal(a, b) for a, b in itertools.combinations(draws, 2))
+
+
+def test_images_come_from_the_right_classes(tiny_data: Path) -> None:
+    """Support and query of one label are one class's images, and no image is in both."""
+    family = build("images", CASES["images"]["in-memory"], tiny_data)
+    mapped = build("images", CASES["images"]["memory-mapped"], tiny_data)
+    batch = family.sample("meta_train", 0, torch.arange(8), seed=0)
+    assert equal(batch, mapped.sample("meta_train", 0, torch.arange(8), seed=0))
+    assert (family.prefetch, mapped.prefetch) == (False, True)
+    support = batch.support_x.unflatten(1, (4, 2)).flatten(3)
+    query = batch.query_x.unflatten(1, (4, 3)).flatten(3)
+    for episode, label in itertools.product(range(8), range(4)):
+        distances = torch.cdist(query[episode, label], support[episode].flatten(0, 1))
+        assert bool((distances.argmin(1) // 2 == label).all())  # the class's pattern outweighs its noise
+        assert float(distances.min()) > 0
+
+
+def test_rotations_train_only_and_turn_whole_images(tiny_data: Path) -> None:
+    plain = build("images", CASES["images"]["in-memory"], tiny_data)
+    turned = build("images", CASES["images"]["rotations-per-class"], tiny_data)
+    slots = torch.arange(8)
+    assert equal(turned.sample("meta_val", 0, slots, seed=0), plain.sample("meta_val", 0, slots, seed=0))
+    a = plain.sample("meta_train", 0, slots, seed=0).support_x
+    b = turned.sample("meta_train", 0, slots, seed=0).support_x
+    turns = [
+        next(k for k in range(4) if torch.equal(torch.rot90(x, k, dims=(-2, -1)), y))
+        for x, y in zip(a.flatten(0, 1), b.flatten(0, 1), strict=True)
+    ]
+    assert set(turns) == {0, 1, 2, 3}
+    assert turns[::2] == turns[1::2]  # one turn per class and task
+
+
+def test_rotations_as_classes_make_four_of_each(tiny_data: Path) -> None:
+    options = {**CASES["images"]["rotations-as-classes"], "n_way": 4}
+    batch = build("images", options, tiny_data).sample("meta_train", 0, torch.arange(40), seed=0)
+    plain = build("images", {**options, "rotations": "none"}, tiny_data)
+    upright = plain.sample("meta_train", 0, torch.arange(200), seed=0).support_x.flatten(0, 1)
+    pictures = {picture.numpy().tobytes() for picture in upright}
+    seen = [picture.numpy().tobytes() in pictures for picture in batch.support_x.flatten(0, 1)]
+    assert 0.1 < sum(seen) / len(seen) < 0.45  # a quarter of the classes stand upright
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"n_way": 9}, "n_way=9"),
+        ({"n_way": 3, "k_shot": 7}, "task.k_shot=7"),
+        ({"n_way": 3, "eval_n_query": 8}, "task.eval_n_query=8"),
+        ({"n_way": 3, "split": "alphabet"}, "has no class split 'alphabet'"),
+    ],
+)
+def test_too_small_data_sets_are_refused(tiny_data: Path, options: dict, words: str) -> None:
+    content = {"family": "images", "data": tiny_data, "split": "random", "n_query": 2, "eval_n_query": 2, **options}
+    config = validate(TASK_FAMILIES[0], content, source="test")
+    with pytest.raises(DataError, match=words):
+        config.build(device=torch.device("cpu"), dtype=torch.float32)
+
+
+def test_sinusoid_points_lie_on_sinusoids_within_the_papers_ranges() -> None:
+    family = build("sinusoid", {"k_shot": 50, "n_query": 50}, Path(), dtype=torch.float64)
+    batch = family.sample("meta_train", 0, torch.arange(200), seed=0)
+    x, y = torch.cat([batch.support_x, batch.query_x], 1), torch.cat([batch.support_y, batch.query_y], 1)
+    basis = torch.cat([torch.sin(x), torch.cos(x)], dim=-1)  # A·sin(x − φ) = A cos φ · sin x − A sin φ · cos x
+    solution = torch.linalg.lstsq(basis, y).solution
+    assert float((basis @ solution - y).abs().max()) < 1e-10
+    amplitude = solution.norm(dim=1).squeeze()
+    phase = torch.atan2(-solution[:, 1, 0], solution[:, 0, 0])
+    assert 0.1 <= float(amplitude.min()) < 0.5
+    assert 4.6 < float(amplitude.max()) <= 5.0
+    assert 0 <= float(phase.min()) < 0.2
+    assert 2.9 < float(phase.max()) <= torch.pi
+    assert 4.9 < float(x.abs().max()) <= 5.0

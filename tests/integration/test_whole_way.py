@@ -1,0 +1,371 @@
+"""Prepare, train on Ray, evaluate, register, adapt: with real Ray, MLflow, Parquet and HTTP."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import mlflow
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from pipeline import launch, runs, serving, workflow
+from pipeline.errors import DataError, TrackingError
+from pipeline.experiment import check_fits
+from pipeline.tasks import shards
+from pipeline.training import journal
+from pipeline.workflow import Outcome
+from tests.integration.conftest import STEPS, images_experiment
+
+pytestmark = pytest.mark.integration
+
+CHAMPION = "models:/tiny@champion"
+
+
+@contextmanager
+def server(command: list[str], health: str, env: dict[str, str], seconds: float = 120) -> Iterator[None]:
+    """A server process in a session of its own, from when it answers until the block ends."""
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # mlflow looks for uvicorn there
+    log = Path(env.pop("LOG"))
+    with log.open("w") as stream:
+        process = subprocess.Popen(
+            command, env={**os.environ, "PATH": path, **env}, stdout=stream, stderr=stream, start_new_session=True
+        )
+    try:
+        deadline = time.monotonic() + seconds
+        while True:
+            assert process.poll() is None, log.read_text()
+            assert time.monotonic() < deadline, log.read_text()
+            try:
+                urllib.request.urlopen(health, timeout=2).close()
+                break
+            except (urllib.error.URLError, OSError):
+                time.sleep(0.3)
+        yield
+    finally:
+        os.killpg(process.pid, 15)
+        process.wait(timeout=30)
+
+
+def free_port() -> int:
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def test_the_run_is_in_mlflow_with_every_step(trained: Outcome, image_data: Path) -> None:
+    client = mlflow.MlflowClient()
+    run = client.get_run(trained.mlflow_run_id)
+    assert run.info.status == "FINISHED"
+    assert run.data.params["training.steps"] == str(STEPS)
+    assert run.data.params["algorithm.inner_lr"] == "0.4"
+    digest = shards.read_manifest(image_data).digest
+    assert run.data.tags["data_digest"] == digest
+    assert [d.dataset.digest for d in run.inputs.dataset_inputs] == [digest[:36]]
+    for metric in ("meta_loss", "train_accuracy", "outer_lr", "tasks_per_second"):
+        history = client.get_metric_history(trained.mlflow_run_id, metric)
+        assert [m.step for m in sorted(history, key=lambda m: m.step)] == list(range(1, STEPS + 1)), metric
+    validations = client.get_metric_history(trained.mlflow_run_id, "val_accuracy_inductive")
+    assert sorted(m.step for m in validations) == [3, 6]
+    files = {f.path for f in client.list_artifacts(trained.mlflow_run_id, "evaluation")}
+    wanted = ("test.json", "test.parquet", "curves.png", "adaptation.png", "episodes.png")
+    assert files == {f"evaluation/{name}" for name in wanted}
+
+
+def test_results_are_kept_per_episode(trained: Outcome, image_data: Path) -> None:
+    table = pq.read_table(trained.run.evaluation / "test.parquet").to_pandas()
+    assert len(table) == 12 * 2 * 3  # episodes, modes, adaptation steps 0…2
+    final = table[(table["mode"] == "inductive") & (table["adaptation_step"] == 2)]["accuracy"]
+    summary = json.loads((trained.run.evaluation / "test.json").read_text())
+    assert summary["inductive"][2]["mean"] == pytest.approx(final.mean())
+    assert summary["inductive"][2]["ci95"] == pytest.approx(1.959964 * final.std() / np.sqrt(12))
+    assert summary["data_digest"] == shards.read_manifest(image_data).digest
+    assert summary["split"] == "meta_test"
+
+
+def test_ray_and_plain_processes_train_the_same_parameters(trained: Outcome, tmp_path: Path, image_data: Path) -> None:
+    """Two workers each; bit-identical."""
+    exp = images_experiment(tmp_path, image_data, backend="processes")
+    run, _ = runs.open_run(exp, data_digest=check_fits(exp))
+    launch.run_workers(exp, run)
+    ours, theirs = (r.checkpoints.load_meta(STEPS).params for r in (trained.run, run))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_first_version_is_champion_and_an_equal_one_stays_candidate(trained: Outcome) -> None:
+    assert trained.registration is not None
+    assert trained.registration.decision.promote
+    client = mlflow.MlflowClient()
+    first = client.get_model_version_by_alias("tiny", "champion")
+    assert first.tags["promotion.decision"] == "promoted"
+    assert first.tags["promotion.reason"] == "there was no champion"
+
+    again = workflow.register(trained.run.path)
+    assert not again.decision.promote
+    assert str(client.get_model_version_by_alias("tiny", "champion").version) == str(first.version)
+    second = client.get_model_version_by_alias("tiny", "candidate")
+    assert str(second.version) == again.version != str(first.version)
+    assert second.tags["promotion.decision"] == "not promoted"
+    assert float(second.tags["promotion.difference"]) == 0  # the same model on the same episodes
+    assert second.tags["data_digest"] == first.tags["data_digest"]
+
+
+def test_a_finished_run_is_followed_by_a_new_one(trained: Outcome, home: Path, image_data: Path) -> None:
+    exp = images_experiment(home, image_data)
+    run, resumed = runs.open_run(exp, data_digest=check_fits(exp))
+    assert (run.path.name, resumed) == ("002", False)
+
+
+def test_registered_model_loads_with_pickle_disallowed(trained: Outcome, image_data: Path) -> None:
+    """In a fresh process, as README shows it."""
+    program = f"""
+import mlflow, numpy as np
+model = mlflow.pyfunc.load_model("{CHAMPION}")
+x = np.random.default_rng(0).random((6, 1, 28, 28), dtype=np.float32)
+answer = model.predict({{"support_x": x, "support_y": np.array([7, 7, 3, 3, 5, 5]), "query_x": x[:2]}})
+assert answer.shape == (2, 3) and np.allclose(answer.sum(1), 1, atol=1e-5), answer
+alone = model.predict({{"support_x": x, "support_y": np.array([7, 7, 3, 3, 5, 5]), "query_x": x[:1]}})
+assert np.allclose(alone, answer[:1], atol=1e-5)
+params = {{"adaptation_steps": 0, "normalization": "transductive"}}
+other = model.predict({{"support_x": x, "support_y": np.array([7, 7, 3, 3, 5, 5]), "query_x": x[:2]}}, params=params)
+assert not np.allclose(other, answer)
+"""
+    env = {**os.environ, "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false"}
+    done = subprocess.run([sys.executable, "-c", program], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    folder = Path(mlflow.artifacts.download_artifacts(artifact_uri=CHAMPION))
+    kinds = {file.suffix for file in folder.rglob("*") if file.is_file() and "__pycache__" not in file.parts}
+    assert kinds <= {"", ".py", ".json", ".yaml", ".txt", ".safetensors"}
+
+
+def test_adapting_to_picture_files(trained: Outcome, pictures: tuple[Path, Path]) -> None:
+    support, query = pictures
+    adapted = serving.load(CHAMPION).adapt_folder(support)
+    assert adapted.labels == ["kind0", "kind1", "kind2"]  # fewer than the four it was trained for
+    files = sorted(query.iterdir())
+    probabilities = adapted.predict_pictures(files)
+    assert probabilities.shape == (3, 3)
+    np.testing.assert_allclose(probabilities.sum(1), 1, atol=1e-5)
+    assert [adapted.labels[row.argmax()] for row in probabilities] == [file.stem for file in files]
+
+
+def test_what_cannot_be_adapted_to_is_refused(trained: Outcome, pictures: tuple[Path, Path], tmp_path: Path) -> None:
+    learner = serving.load(CHAMPION)
+    x = np.zeros((5, 1, 28, 28), dtype=np.float32)
+    with pytest.raises(DataError, match="5 classes, but tiny was trained for 4-way"):
+        learner.adapt(x, [0, 1, 2, 3, 4])
+    with pytest.raises(DataError, match="one class only"):
+        learner.adapt(x, [1] * 5)
+    with pytest.raises(DataError, match=r"expected an array \[N, 1, 28, 28\]"):
+        learner.adapt(x[..., :20], [0, 1, 0, 1, 0])
+    with pytest.raises(DataError, match="NaN"):
+        learner.adapt(x * np.nan, [0, 1, 0, 1, 0])
+    with pytest.raises(DataError, match="4 entries for 5 examples"):
+        learner.adapt(x, [0, 1, 0, 1])
+    (tmp_path / "one" / "kind").mkdir(parents=True)
+    (tmp_path / "one" / "kind" / "a.png").write_bytes((pictures[0] / "kind0" / "a.png").read_bytes())
+    with pytest.raises(DataError, match="one class only"):
+        learner.adapt_folder(tmp_path / "one")
+    (tmp_path / "one" / "other").mkdir()
+    (tmp_path / "one" / "other" / "b.png").write_bytes(b"not a picture")
+    with pytest.raises(DataError, match=r"b\.png: not a picture"):
+        learner.adapt_folder(tmp_path / "one")
+    for uri in ("models:/tiny@nobody", "models:/nothing@champion", "models:/tiny/99", "nonsense"):
+        with pytest.raises(TrackingError, match="no such model"):
+            serving.load(uri)
+
+
+def test_evaluation_of_a_registered_model_with_baselines(trained: Outcome, image_data: Path) -> None:
+    result = workflow.evaluate_model(serving.load(CHAMPION), data=image_data, episodes=12, baselines=True)
+    torch.testing.assert_close(result.evaluation.scores, trained.test.scores)  # the same fixed episodes
+    names = [comparison.name for comparison in result.comparisons]
+    assert names == ["same network, untrained, adapted", "nearest neighbour on pixels"]
+    nearest = result.comparisons[1]
+    assert nearest.score.mean > 0.9  # the tiny classes are patterns under noise
+    difference = trained.test.score("inductive").mean - nearest.score.mean
+    assert nearest.advantage.mean == pytest.approx(difference)
+
+
+def test_served_over_http(trained: Outcome, home: Path, image_data: Path) -> None:
+    """`mlflow models serve`, and adapt-and-predict with one POST."""
+    port = free_port()
+    mlflow_command = str(Path(sys.executable).with_name("mlflow"))
+    command = [mlflow_command, "models", "serve", "-m", CHAMPION, "--env-manager", "local", "--port", str(port)]
+    url = f"http://127.0.0.1:{port}"
+
+    def post(content: dict) -> tuple[int, dict]:
+        request = urllib.request.Request(
+            f"{url}/invocations", json.dumps(content).encode(), {"Content-Type": "application/json"}
+        )
+        try:
+            with urllib.request.urlopen(request, timeout=60) as answer:
+                return answer.status, json.load(answer)
+        except urllib.error.HTTPError as error:
+            return error.code, json.load(error)
+
+    x = np.random.default_rng(1).random((6, 1, 28, 28), dtype=np.float32)
+    inputs = {"support_x": x.tolist(), "support_y": [0, 0, 1, 1, 2, 2], "query_x": x[:2].tolist()}
+    env = {"LOG": str(home / "serve.log"), "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false"}
+    with server(command, f"{url}/ping", env):
+        status, answer = post({"inputs": inputs})
+        assert status == 200, answer
+        expected = serving.load(CHAMPION).adapt(x, [0, 0, 1, 1, 2, 2]).predict(x[:2])
+        np.testing.assert_allclose(answer["predictions"], expected, atol=1e-5)
+        _, alone = post({"inputs": {**inputs, "query_x": x[:1].tolist()}})
+        np.testing.assert_allclose(alone["predictions"], expected[:1], atol=1e-5)
+        _, unadapted = post({"inputs": inputs, "params": {"adaptation_steps": 0}})
+        assert not np.allclose(unadapted["predictions"], expected)
+        status, answer = post({"inputs": {**inputs, "support_y": [0, 1, 2, 3, 4, 5]}})
+        assert status == 400
+        assert "6 classes, but tiny was trained for 4-way" in answer["message"]
+
+
+def test_a_real_mlflow_server(home: Path, image_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs, artifacts and the registry over HTTP."""
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    command = [
+        str(Path(sys.executable).with_name("mlflow")),
+        *("server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"),
+        *("--backend-store-uri", f"sqlite:///{tmp_path / 'server.db'}"),
+        *("--artifacts-destination", str(tmp_path / "artifacts")),
+    ]
+    env = {"LOG": str(home / "server.log"), "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    with server(command, f"{url}/health", env):
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", url)
+        exp = images_experiment(tmp_path, image_data, backend="local", num_workers=1)
+        outcome = workflow.train(exp, say=lambda _: None)
+        assert outcome.registration is not None
+        assert outcome.registration.decision.promote
+        learner = serving.load(CHAMPION)
+        saved = outcome.run.checkpoints.load_meta(learner.card.checkpoint["step"])
+        assert all(torch.equal(learner.state.params[k], v) for k, v in saved.params.items())
+        client = mlflow.MlflowClient(url)
+        assert len(client.get_metric_history(outcome.mlflow_run_id, "meta_loss")) == STEPS
+    mlflow.set_tracking_uri(None)
+
+
+def test_an_unreachable_server_is_told_before_anything_starts(
+    image_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
+    began = time.monotonic()
+    with pytest.raises(TrackingError, match="no MLflow server answers"):
+        workflow.train(images_experiment(tmp_path, image_data))
+    assert time.monotonic() - began < 30
+    assert not (tmp_path / "runs").exists()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "foo://somewhere")
+    with pytest.raises(TrackingError, match="foo://somewhere"):
+        workflow.train(images_experiment(tmp_path, image_data))
+
+
+def test_training_refuses_a_damaged_data_set(tiny_data_set, tmp_path: Path) -> None:
+    data = tiny_data_set(classes=24, per_class=8, size=28)
+    shard = data / "shards" / "00000.parquet"
+    content = bytearray(shard.read_bytes())
+    content[len(content) // 2] ^= 1
+    shard.write_bytes(content)
+    with pytest.raises(DataError, match=r"00000\.parquet is damaged"):
+        workflow.train(images_experiment(tmp_path, data))
+    assert not (tmp_path / "runs").exists()
+
+
+def test_killed_and_run_again_goes_on_in_the_same_mlflow_run(home: Path, image_data: Path, tmp_path: Path) -> None:
+    """SIGKILL of `metapipe train`; the same command again; every step's metrics once."""
+    import yaml
+
+    exp = images_experiment(tmp_path, image_data, backend="local", num_workers=1, steps=80, validate_every=10)
+    config = tmp_path / "experiment.yaml"
+    config.write_text(yaml.safe_dump({**exp.to_dict(), "name": "killed"}))
+    command = [sys.executable, "-m", "jobs.train", str(config), "--json"]
+    first = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    run = runs.RunFolder(tmp_path / "runs" / "killed" / "001")
+    deadline = time.monotonic() + 120
+    while (run.checkpoints.latest() or 0) < 30:
+        assert first.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    first.kill()
+    first.wait()
+    assert not run.finished
+    run_id = run.read()["mlflow_run_id"]
+    again = subprocess.run(command, capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    result = json.loads(again.stdout)
+    assert result["resumed"]
+    assert result["mlflow_run_id"] == run_id
+    history = mlflow.MlflowClient().get_metric_history(run_id, "meta_loss")
+    assert sorted(m.step for m in history) == list(range(1, 81))
+    assert mlflow.MlflowClient().get_run(run_id).info.status == "FINISHED"
+
+
+def test_registering_a_run_with_another_tracking_store(
+    trained: Outcome, tmp_path: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import shutil
+
+    copy = Path(shutil.copytree(trained.run.path, tmp_path / "tiny" / "001"))
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'other.db'}")
+    registration = workflow.register(copy)
+    assert (registration.version, registration.decision.promote) == ("1", True)
+    run_id = runs.RunFolder(copy).read()["mlflow_run_id"]
+    assert run_id != trained.mlflow_run_id
+    history = mlflow.MlflowClient(f"sqlite:///{tmp_path / 'other.db'}").get_metric_history(run_id, "meta_loss")
+    assert sorted(m.step for m in history) == list(range(1, STEPS + 1))
+    mlflow.set_tracking_uri(None)
+
+
+def test_a_killed_ray_worker_is_replaced_and_changes_nothing(
+    trained: Outcome, tmp_path: Path, image_data: Path
+) -> None:
+    """SIGKILL one of two Ray workers in the middle of training; Ray restarts the group from the last checkpoint."""
+    import threading
+
+    def run_one(home: Path, kill: bool) -> runs.RunFolder:
+        exp = images_experiment(home, image_data, steps=150, validate_every=10)
+        run, _ = runs.open_run(exp, data_digest=check_fits(exp))
+        killer = threading.Thread(target=kill_a_worker, args=(run,))
+        if kill:
+            killer.start()
+        launch.run_workers(exp, run)
+        if kill:
+            killer.join()
+            assert killed
+        return run
+
+    killed: list[int] = []
+
+    def kill_a_worker(run: runs.RunFolder) -> None:
+        while (run.checkpoints.latest() or 0) < 20:
+            time.sleep(0.02)
+        listing = subprocess.run(["ps", "-eo", "pid=,args="], capture_output=True, text=True).stdout
+        workers = [int(line.split()[0]) for line in listing.splitlines() if "ray::" in line and "TrainWorker" in line]
+        ours = [pid for pid in workers if descends_from(pid, os.getpid())]
+        killed.append(ours[-1])
+        os.kill(ours[-1], 9)
+
+    disturbed, undisturbed = run_one(tmp_path / "a", True), run_one(tmp_path / "b", False)
+    ours, theirs = (r.checkpoints.load_meta(150).params for r in (disturbed, undisturbed))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    assert [r["step"] for r in journal.read(disturbed.path / "metrics.jsonl")] == list(range(1, 151))
+
+
+def descends_from(pid: int, ancestor: int) -> bool:
+    while pid > 1:
+        if pid == ancestor:
+            return True
+        answer = subprocess.run(["ps", "-o", "ppid=", "-p", str(pid)], capture_output=True, text=True).stdout.strip()
+        pid = int(answer or 1)
+    return False
