@@ -202,13 +202,19 @@ def _show(folder: Path, manifest: Manifest, *, reused: bool = False) -> None:
         f"{len({entry.group for entry in manifest.classes})} groups, {manifest.num_examples} images of "
         f"{height}×{width}×{channels}, {len(manifest.shards)} shards, digest {manifest.digest[:12]}…"
     )
-    table = Table("class split", "meta_train", "meta_val", "meta_test", "near-duplicates across parts")
+    table = Table("class split", "meta_train", "meta_val", "meta_test", "look-alikes across parts")
+    found = manifest.source.get("near_duplicates", {})
     for split, counts in _counts(manifest).items():
-        found = manifest.source.get("near_duplicates", {}).get(split, {"pairs": 0, "closest": []})
-        closest = "".join(f"\n{pair[0]} ~ {pair[2]}" for pair in found["closest"][:3])
         parts = [str(counts.get(part, 0)) for part in ("meta_train", "meta_val", "meta_test")]
-        table.add_row(split, *parts, f"{found['pairs']}{closest}")
+        table.add_row(split, *parts, str(found.get(split, {}).get("pairs", "not looked for")))
     console.out.print(table)
+    for split, pairs in found.items():
+        for first, part, second, other, similarity in pairs["closest"][:3]:
+            console.out.print(
+                f"  {split}: {first} ({part}) looks like {second} ({other}), similarity {similarity:.2f}",
+                highlight=False,
+                soft_wrap=True,
+            )
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ class Preprocessing(Section):
         if picture.mode.startswith("I;16"):  # convert("L") would clip 16-bit grey at 255
             picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
         if picture.has_transparency_data:
-            picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture.convert("RGBA"))
+            picture = _on_paper(picture.convert("RGBA"))
         grey = np.asarray(picture.convert("L"))
         if self.kind == "drawing":
             array = self._resize(Image.fromarray(_square_canvas(_ink_high(grey))))
@@ -56,10 +56,19 @@ class Preprocessing(Section):
         return np.asarray(square.resize((self.size, self.size), method))
 
 
+def _on_paper(picture: Image.Image) -> Image.Image:
+    """A transparent picture on white, or on black where its ink is white."""
+    on_white = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
+    if np.ptp(np.asarray(on_white.convert("L"))):
+        return on_white
+    return Image.alpha_composite(Image.new("RGBA", picture.size, "black"), picture)
+
+
 def _ink_high(grey: np.ndarray) -> np.ndarray:
-    """Light paper is told by the border, which a drawing seldom touches much."""
-    border = np.concatenate([grey[0], grey[-1], grey[:, 0], grey[:, -1]])
-    return 255 - grey if np.median(border) > 127 else grey
+    """Ink above paper at 0; the paper is told by the border, which a drawing seldom touches much."""
+    paper = np.median(np.concatenate([grey[0], grey[-1], grey[:, 0], grey[:, -1]]))
+    ink = paper - grey if paper > 127 else grey - paper
+    return ink.clip(0, 255).astype(np.uint8)
 
 
 def _square_canvas(ink: np.ndarray) -> np.ndarray:

@@ -153,8 +153,11 @@ def write(
     """
     out = Path(out).absolute()
     check_free(out, overwrite=overwrite)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
+    except OSError as error:
+        raise DataError(f"{out}: cannot be written ({error.strerror}). Choose another --out.") from error
     try:
         staging.chmod(0o755)  # mkdtemp makes 0700; other users and workers read the data set as well
         content, files = _write_shards(staging, classes, splits, row_group_bytes, shard_bytes)

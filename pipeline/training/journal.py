@@ -62,6 +62,8 @@ class JournalReader:
                 inode = os.fstat(stream.fileno()).st_ino
                 if inode != self._inode:  # replaced by a resumed run: read again, pass over what was seen
                     self._inode, self._offset = inode, 0
+                if os.fstat(stream.fileno()).st_size < self._offset:
+                    self._offset = 0  # the same, where the file system gave the new file the old number
                 stream.seek(self._offset)
                 content = stream.read()
         except FileNotFoundError:

@@ -496,3 +496,20 @@ def test_progress_is_told_of_every_class(tmp_path: Path) -> None:
     prepare(source, tmp_path / "out", record={"options": [1]}, progress=seen.append)
     assert [raw.name for raw in seen] == ["a", "b"]
     assert shards.read_manifest(tmp_path / "out").source["options"] == [1]
+
+
+def test_grey_paper_and_white_ink_on_nothing_are_paper_and_ink() -> None:
+    preprocess = Preprocessing(kind="drawing", size=28)
+    ink = np.zeros((56, 56), dtype=np.uint8)
+    ink[20:36, 10:46] = 255
+    expected = preprocess(Image.fromarray(ink))
+    on_grey = np.where(ink > 0, 40, 200).astype(np.uint8)
+    np.testing.assert_array_equal(preprocess(Image.fromarray(on_grey)), expected)
+    white = Image.fromarray(np.dstack([np.full_like(ink, 255)] * 3 + [ink]))
+    np.testing.assert_array_equal(preprocess(white), expected)
+
+
+def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match="cannot be written"):
+        shards.write(tmp_path / "file" / "out", [], splits={}, source={}, preprocessing={})
