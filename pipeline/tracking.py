@@ -59,10 +59,10 @@ class Tracker:
         self.uri = tracking_uri()
         _check_reachable(self.uri)
         try:
-            mlflow.set_tracking_uri(self.uri)
-            mlflow.set_registry_uri(self.uri)
-            self.client = mlflow.MlflowClient(self.uri)
+            self.client = mlflow.MlflowClient(self.uri, self.uri)
             self.client.search_experiments(max_results=1)
+            mlflow.set_tracking_uri(self.uri)  # for what has no client: models and artifacts
+            mlflow.set_registry_uri(self.uri)
         except Exception as error:
             raise TrackingError(
                 f"MLFLOW_TRACKING_URI={self.uri}: the tracking store cannot be opened ({_short(error)}). Start a "
@@ -154,7 +154,7 @@ class Tracker:
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
                 raise TrackingError(f"{self.uri}: cannot register {card.name} ({_short(error)}).") from error
-        version = self.client.create_model_version(card.name, info.model_uri, run_id, tags=tags)
+        version = self.client.create_model_version(card.name, info.model_uri, run_id, tags=tags, model_id=info.model_id)
         self.client.set_registered_model_alias(card.name, CANDIDATE, str(version.version))
         return version
 

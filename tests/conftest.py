@@ -17,8 +17,8 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 def tiny_data_set(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """A factory of small image data sets, each in a folder of its own.
 
-    `classes` names "group0/class00", … in groups of four; each class is its own random pattern under noise, so that
-    a few adaptation steps can tell classes apart. The class split "random" deals them to the parts in turn.
+    `classes` names "group0/class00", … in groups of four; each class is its own random pattern under noise, with
+    an empty margin, so that a few adaptation steps can tell classes apart. The class split "random" deals them to the parts in turn.
     """
 
     def make(*, classes: int = 16, per_class: int = 8, size: int = 12, channels: int = 1) -> Path:
@@ -30,7 +30,9 @@ def tiny_data_set(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pat
                 random = np.random.default_rng(i)
                 pattern = random.choice([0, 200], size=(1, size, size, channels))
                 noise = random.integers(0, 56, size=(per_class, size, size, channels))
-                yield RawClass(name, name.split("/")[0], (pattern + noise).astype(np.uint8))
+                images = (pattern + noise).astype(np.uint8)
+                margin = np.pad(np.ones((size - 4, size - 4, 1), dtype=np.uint8), ((2, 2), (2, 2), (0, 0)))
+                yield RawClass(name, name.split("/")[0], images * margin)
 
         out = tmp_path_factory.mktemp("data") / "tiny"
         shards.write(

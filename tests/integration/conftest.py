@@ -16,7 +16,7 @@ from pipeline.experiment import Experiment
 from pipeline.tasks import shards
 from pipeline.workflow import Outcome
 
-STEPS = 6
+STEPS = 60
 
 
 def images_experiment(home: Path, data: Path, **training: object) -> Experiment:
@@ -25,7 +25,7 @@ def images_experiment(home: Path, data: Path, **training: object) -> Experiment:
         "task": {"family": "images", "data": str(data), "split": "random", "n_way": 4, "n_query": 2, "eval_n_query": 3},
         "model": {"name": "conv4", "hidden": 8, "downsample": "stride"},
         "algorithm": {"name": "maml", "inner_lr": 0.4, "eval_adaptation_steps": 2},
-        "training": {"steps": STEPS, "meta_batch_size": 8, "validate_every": 3, "num_workers": 2, **training},
+        "training": {"steps": STEPS, "meta_batch_size": 8, "validate_every": STEPS // 2, "num_workers": 2, **training},
         "evaluation": {"validation_episodes": 10, "test_episodes": 12, "promotion_episodes": 10},
         "tracking": {"runs": str(home / "runs")},
     }
