@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from jobs import console
@@ -60,10 +61,11 @@ def adapt(
         out.write_text(json_format.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
     def show() -> None:
-        table = Table("picture", "label", *adapted.labels, title=f"{model}, {normalization.value}")
+        labels = [escape(str(label)) for label in adapted.labels]  # a folder's name may look like markup
+        table = Table("picture", "label", *labels, title=f"{escape(model)}, {normalization.value}")
         for prediction, row in zip(predictions, probabilities, strict=True):
             cells = (f"{p:.3f}" for p in row)
-            table.add_row(str(prediction["file"]), f"[bold]{prediction['label']}[/]", *cells)
+            table.add_row(escape(str(prediction["file"])), f"[bold]{escape(prediction['label'])}[/]", *cells)
         console.out.print(table)
 
     console.emit(result, as_json=json, show=show)

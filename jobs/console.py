@@ -1,6 +1,6 @@
 """What every job shares: the console, JSON output, and errors as one paragraph with an exit code.
 
-Exit codes: 0 done · 1 a defect of ours or an interruption · 2 bad input · 3 training stopped early.
+Exit codes: 0 done · 1 a defect of ours · 2 bad input · 3 training stopped early · 130 interrupted.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import signal
 import sys
 from collections.abc import Callable
 from typing import Annotated, Any
@@ -15,6 +16,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+INTERRUPTED = 130  # as shells have it
 DEBUG_FLAG, DEBUG_VARIABLE = "--debug", "METAPIPE_DEBUG"
 
 out = Console()
@@ -57,21 +59,29 @@ def run(app: typer.Typer) -> None:
         os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")
         logging.captureWarnings(True)
         logging.getLogger("py.warnings").propagate = False
+    from pipeline.errors import Interrupted, UserError
+
+    def interrupt(*_: object) -> None:
+        raise Interrupted  # Typer would swallow a KeyboardInterrupt
+
+    signals = (signal.SIGINT, signal.SIGTERM)
+    handlers = [signal.signal(number, interrupt) for number in signals]
     try:
         app()
-    except KeyboardInterrupt:
-        err.print("Interrupted. Run the same command again to go on from the last checkpoint.")
-        sys.exit(130)
+    except Interrupted:
+        err.print("Interrupted. An unfinished run goes on from its last checkpoint when the same command is run again.")
+        sys.exit(INTERRUPTED)
     except Exception as error:
         if debug:
             raise
-        from pipeline.errors import UserError
-
         if isinstance(error, UserError):
             _print_error(str(error))
             sys.exit(error.exit_code)
         _print_error(f"{type(error).__name__}: {error}. This looks like a defect; {DEBUG_FLAG} shows where.")
         sys.exit(1)
+    finally:
+        for number, handler in zip(signals, handlers, strict=True):
+            signal.signal(number, handler)
 
 
 def _print_error(message: str) -> None:

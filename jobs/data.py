@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.markup import escape
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -59,13 +60,14 @@ def prepare(
     from pipeline.datasets.prepare import prepare as write_data_set
     from pipeline.tasks import shards
 
+    record = {"name": source_name.value, "size": size, "seed": seed}
     if reuse and (out / shards.MANIFEST).exists():
         manifest = shards.verify(out)
+        _check_same(out, manifest, record)
         console.emit(_summary(out, manifest), as_json=json, show=lambda: _show(out, manifest, reused=True))
         return
     shards.check_free(out, overwrite=overwrite)
     chosen = _source(source_name, source, download=download, size=size, kind=kind, seed=seed, out=out)
-    record = {"name": source_name.value, "size": size, "seed": seed}
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     with Progress(*columns, console=console.err, transient=True) as progress:
         task = progress.add_task(f"reading {source_name.value}")
@@ -74,10 +76,18 @@ def prepare(
         def advance(raw: Any) -> None:
             nonlocal count
             count += 1
-            progress.update(task, description=f"{count} classes, now {raw.name}")
+            progress.update(task, description=f"{count} classes, now {escape(raw.name)}")
 
         manifest, _ = write_data_set(chosen, out, record=record, seed=seed, overwrite=overwrite, progress=advance)
     console.emit(_summary(out, manifest), as_json=json, show=lambda: _show(out, manifest))
+
+
+def _check_same(out: Path, manifest: Manifest, record: dict[str, Any]) -> None:
+    from pipeline.errors import ConfigError
+
+    differing = [f"{k} {manifest.source.get(k)} and not {v}" for k, v in record.items() if manifest.source.get(k) != v]
+    if differing:
+        raise ConfigError(f"{out}: was prepared with {', '.join(differing)}. Use --overwrite, or another --out.")
 
 
 def _source(
@@ -198,8 +208,8 @@ def _summary(folder: Path, manifest: Manifest) -> dict[str, Any]:
 def _show(folder: Path, manifest: Manifest, *, reused: bool = False) -> None:
     height, width, channels = manifest.shape
     console.out.print(
-        f"[bold]{folder}[/]{' (already there, verified)' if reused else ''}: {len(manifest.classes)} classes in "
-        f"{len({entry.group for entry in manifest.classes})} groups, {manifest.num_examples} images of "
+        f"[bold]{escape(str(folder))}[/]{' (already there, verified)' if reused else ''}: {len(manifest.classes)} "
+        f"classes in {len({entry.group for entry in manifest.classes})} groups, {manifest.num_examples} images of "
         f"{height}×{width}×{channels}, {len(manifest.shards)} shards, digest {manifest.digest[:12]}…"
     )
     table = Table("class split", "meta_train", "meta_val", "meta_test", "look-alikes across parts")
@@ -212,6 +222,7 @@ def _show(folder: Path, manifest: Manifest, *, reused: bool = False) -> None:
         for first, part, second, other, similarity in pairs["closest"][:3]:
             console.out.print(
                 f"  {split}: {first} ({part}) looks like {second} ({other}), similarity {similarity:.2f}",
+                markup=False,
                 highlight=False,
                 soft_wrap=True,
             )

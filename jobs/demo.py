@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -34,7 +35,9 @@ def demo() -> None:
 def _metapipe(*arguments: str, capture: bool = False) -> str:
     console.out.print(f"\n[bold cyan]$ metapipe {' '.join(arguments)}[/]", highlight=False, soft_wrap=True)
     command = [sys.executable, "-m", "jobs.cli", *arguments]
-    done = subprocess.run(command, stdout=subprocess.PIPE if capture else None, text=True)
+    # the demo is on its own: its Ray and its MLflow are local and end with it
+    env = {k: v for k, v in os.environ.items() if k not in ("MLFLOW_TRACKING_URI", "RAY_ADDRESS")}
+    done = subprocess.run(command, stdout=subprocess.PIPE if capture else None, text=True, env=env)
     if done.returncode:
         sys.exit(done.returncode)  # the command has said why
     return done.stdout
@@ -83,7 +86,7 @@ def _summary(trained: dict, evaluated: dict, *, minutes: float) -> None:
         f"Pictures, answers and per-episode results: {FOLDER}/. Checkpoints and curves: {trained['run']}.",
         soft_wrap=True,
     )
-    show("Runs, metrics and model versions: [bold].venv/bin/mlflow ui --backend-store-uri sqlite:///mlflow.db[/]")
+    show(f"Runs, metrics and model versions: [bold].venv/bin/{trained['look']}[/]", soft_wrap=True)
     show(f"{minutes:.1f} minutes. Ray and MLflow have ended.")
 
 

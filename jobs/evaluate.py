@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.markup import escape
 
 from jobs import console
 from jobs.data import part_of_split
@@ -57,6 +58,7 @@ def evaluate(
 def _result(model: str, result: ModelEvaluation) -> dict[str, Any]:
     return {
         "model": model,
+        "trained_on_this_data": result.trained_on_this_data,
         **result.evaluation.to_dict(),
         "baselines": [
             {
@@ -75,8 +77,11 @@ def _result(model: str, result: ModelEvaluation) -> dict[str, Any]:
 def _show(model: str, result: ModelEvaluation, out: Path | None) -> None:
     evaluation = result.evaluation
     console.out.print(
-        f"[bold]{model}[/] on data {evaluation.data_digest[:12]}…, episode seed {evaluation.seed}", soft_wrap=True
+        f"[bold]{escape(model)}[/] on data {evaluation.data_digest[:12]}…, episode seed {evaluation.seed}",
+        soft_wrap=True,
     )
+    if not result.trained_on_this_data:
+        console.out.print("This is another data set than the model was trained on.")
     show_evaluation(evaluation)
     for c in result.comparisons:
         console.out.print(

@@ -67,7 +67,7 @@ class _Display:
             self._progress.stop()
 
     def say(self, line: str) -> None:
-        console.err.print(line, highlight=False)
+        console.err.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def observe(self, records: list[dict[str, Any]]) -> None:
         for record in records:
@@ -101,6 +101,7 @@ def _result(outcome: Outcome) -> dict[str, Any]:
         "mlflow_run_id": outcome.mlflow_run_id,
         "test": outcome.test.to_dict(),
         "registered": registration_result(outcome.registration) if outcome.registration else None,
+        "look": outcome.hint,
     }
 
 
@@ -117,8 +118,8 @@ def _show(outcome: Outcome) -> None:
     show_evaluation(outcome.test)
     if outcome.registration:
         show_registration(outcome.registration)
-    console.out.print(f"run folder: {outcome.run.path}", soft_wrap=True)
-    console.out.print(f"look at it: {outcome.hint}", soft_wrap=True)
+    console.out.print(f"run folder: {outcome.run.path}", markup=False, soft_wrap=True)
+    console.out.print(f"look at it: {outcome.hint}", markup=False, soft_wrap=True)
 
 
 def show_registration(registration: Registration) -> None:

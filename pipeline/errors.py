@@ -7,6 +7,10 @@ class UserError(Exception):
     exit_code = 2
 
 
+class Interrupted(BaseException):
+    """SIGINT or SIGTERM. Not an Exception, so that nothing on the way takes it for a failure."""
+
+
 class ConfigError(UserError):
     """A configuration file or override that does not describe an experiment."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
@@ -86,6 +87,12 @@ class Experiment(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     tracking: TrackingConfig = TrackingConfig()
 
+    def absolute(self) -> Experiment:
+        """With absolute paths: workers run in another folder."""
+        sections = {"task": self.task, "model": self.model}
+        changes = {k: section.absolute() for k, section in sections.items() if hasattr(section, "absolute")}
+        return self.model_copy(update=changes)
+
     def to_dict(self) -> dict[str, Any]:
         return self.model_dump(mode="json")
 
@@ -132,7 +139,8 @@ def check_fits(experiment: Experiment) -> str:
 
     Raises UserError as `build` does, and where the data set's bytes are damaged.
     """
-    if experiment.training.use_gpu and experiment.training.backend != "ray" and not torch.cuda.is_available():
+    elsewhere = experiment.training.backend == "ray" and "RAY_ADDRESS" in os.environ
+    if experiment.training.use_gpu and not elsewhere and not torch.cuda.is_available():
         raise ConfigError("training.use_gpu: true, but no CUDA device is visible here. Set it to false.")
     digest = experiment.task.verify()
     build(experiment, device=torch.device("cpu"))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +14,7 @@ from typing import Any
 
 import torch
 
-from pipeline.errors import ConfigError, TrainingStopped, UserError
+from pipeline.errors import ConfigError, Interrupted, TrainingStopped, UserError
 from pipeline.experiment import Experiment
 from pipeline.runs import RunFolder
 from pipeline.training.context import LocalContext, RayContext, run_processes
@@ -106,10 +108,16 @@ def _run_ray_train(experiment: Experiment, run: RunFolder) -> None:
         ),
     )
     run.update(stopped=None)
+    on_interrupt = signal.getsignal(signal.SIGINT)  # Ray puts its own handler in its place
     try:
         trainer.fit()
+    except (SystemExit, ray.exceptions.RayActorError) as error:  # what Ray's handler makes of an interrupt
+        raise Interrupted from error
     except ray.train.TrainingFailedError as error:
         raise _user_error(error, run) from error
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGINT, on_interrupt)
     stopped = run.read()["stopped"]
     if stopped:
         raise TrainingStopped(stopped)

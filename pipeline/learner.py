@@ -50,6 +50,7 @@ class ModelCard(Section):
     n_way: int | None
     k_shot: int
     data_digest: str
+    training_classes: list[str]  # sha256 of each meta-training class's images; empty where there are no classes
     checkpoint: dict[str, Any]  # lineage: run folder's name, step, sha256
     experiment: dict[str, Any]  # the configuration it was trained with
 
@@ -72,6 +73,7 @@ def card_of(
     num_outputs: int,
     preprocessing: dict[str, Any] | None,
     data_digest: str,
+    training_classes: Sequence[str] = (),
     checkpoint: dict[str, Any],
 ) -> ModelCard:
     """The card of a model trained by `experiment`."""
@@ -91,6 +93,7 @@ def card_of(
             "n_way": content["task"].get("n_way"),
             "k_shot": content["task"]["k_shot"],
             "data_digest": data_digest,
+            "training_classes": list(training_classes),
             "checkpoint": checkpoint,
             "experiment": content,
         },
@@ -176,6 +179,9 @@ class Learner:
             )
         if not tensor.isfinite().all():
             raise DataError(f"{name}: holds NaN or infinite values.")
+        if self.card.preprocessing is not None and (tensor.min() < 0 or tensor.max() > 1):
+            low, high = float(tensor.min()), float(tensor.max())
+            raise DataError(f"{name}: values from {low:g} to {high:g}; pictures are expected in 0…1 (divide by 255).")
         return tensor
 
     def _targets(self, y: Any, examples: int) -> tuple[list[Any], Tensor]:

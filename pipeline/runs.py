@@ -66,18 +66,32 @@ class RunFolder:
         path = self.path / CONFIG_FILE
         return experiment.from_dict(config.read_yaml(path), source=str(path))
 
-    @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Hold the run; the lock goes with the process, however it ends. Raises ConfigError: another holds it."""
-        with (self.path / ".lock").open("w") as stream:
-            try:
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ConfigError(
-                    f"{self.path}: another process is training this run. Wait for it, or give this one another name "
-                    "with --set name=…"
-                ) from None
-            yield
+
+@contextmanager
+def claimed(runs_of_name: Path) -> Iterator[None]:
+    """Hold a name's folder (RUNS/NAME) while one of its runs is worked on; the lock goes with the process.
+
+    Raises ConfigError: another process holds it, or the folder cannot be made.
+    """
+    try:
+        runs_of_name.mkdir(parents=True, exist_ok=True)
+        stream = (runs_of_name / ".lock").open("w")
+    except OSError as error:
+        raise ConfigError(f"{runs_of_name}: cannot be written ({error.strerror}). Set tracking.runs.") from error
+    with stream:
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(
+                f"{runs_of_name}: another process is training a run of this name. Wait for it, or give this one "
+                "another name with --set name=…"
+            ) from None
+        yield
+
+
+def runs_of(exp: Experiment) -> Path:
+    """The folder of an experiment's runs: RUNS/NAME."""
+    return exp.tracking.runs.absolute() / exp.name
 
 
 def open_run(exp: Experiment, *, data_digest: str, fresh: bool = False) -> tuple[RunFolder, bool]:
@@ -88,7 +102,7 @@ def open_run(exp: Experiment, *, data_digest: str, fresh: bool = False) -> tuple
     Raises ConfigError: the last run under this name is unfinished and had another configuration or data set; the
     message lists the keys that differ.
     """
-    parent = exp.tracking.runs.absolute() / exp.name
+    parent = runs_of(exp)
     last = latest_run(parent)
     if last is not None and not last.finished and not fresh:
         changes = config.differences(_comparable(last.experiment()), _comparable(exp))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,11 @@ def load(uri: str) -> Learner:
         return Learner.from_folder(Path(uri))
     from pipeline.tracking import Tracker
 
-    return Learner.from_folder(Tracker().fetch_model(uri))
+    folder = Tracker().fetch_model(uri)
+    code = str(folder.parents[1] / "code")  # a user's own network travels with the model
+    if code not in sys.path:
+        sys.path.append(code)
+    return Learner.from_folder(folder)
 
 
 class PyfuncLearner(PythonModel):

@@ -19,6 +19,8 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")  # read once, while mlflow is imported
+os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # standard output is for results
+os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")  # MLflow's own 7 take four minutes to give up
 
 import mlflow
 import mlflow.pyfunc
@@ -31,7 +33,7 @@ from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
 import pipeline
 from pipeline.config import flatten
-from pipeline.errors import TrackingError
+from pipeline.errors import TrackingError, UserError
 from pipeline.experiment import Experiment
 from pipeline.learner import Learner, ModelCard, write_model
 from pipeline.promotion import Decision
@@ -50,6 +52,20 @@ REQUIREMENTS = ("mlflow", "torch", "numpy", "pydantic", "safetensors", "pillow",
 def tracking_uri() -> str:
     """MLFLOW_TRACKING_URI, or sqlite in the current folder."""
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path.cwd() / 'mlflow.db'}"
+
+
+@contextmanager
+def _telling(what: str) -> Iterator[None]:
+    """Turns whatever MLflow raises into a TrackingError that says what could not be done."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise TrackingError(
+            f"MLflow at {tracking_uri()}: cannot {what} ({_short(error)}). Nothing trained is lost: once it answers, "
+            "run the same command again."
+        ) from error
 
 
 class Tracker:
@@ -79,18 +95,24 @@ class Tracker:
     # runs
 
     def start(self, experiment: Experiment, *, run_name: str, data_digest: str, run_id: str | None) -> RunLog:
-        """A new run, or `run_id`'s gone on with."""
-        try:
-            if run_id is not None:
+        """A new run, or `run_id`'s gone on with if this store has it. Raises TrackingError."""
+        with _telling("start a run"):
+            if run_id is not None and self._has(run_id):
                 self.client.update_run(run_id, status="RUNNING")
                 return RunLog(self, run_id, resumed=True)
             experiment_id = self._experiment_id(experiment.tracking.experiment)
             run = self.client.create_run(experiment_id, run_name=run_name, tags=_origin_tags())
-        except MlflowException as error:
-            raise TrackingError(f"{self.uri}: cannot start a run ({_short(error)}).") from error
         log = RunLog(self, run.info.run_id, resumed=False)
         log.describe(experiment, data_digest)
         return log
+
+    def _has(self, run_id: str) -> bool:
+        try:
+            return self.client.get_run(run_id).info.lifecycle_stage == "active"
+        except MlflowException as error:
+            if error.error_code in MISSING:
+                return False  # the store was replaced
+            raise
 
     def _experiment_id(self, name: str) -> str:
         found = self.client.get_experiment_by_name(name)
@@ -125,6 +147,7 @@ class Tracker:
             raise TrackingError(f"{uri}: was not registered by this package (it has no artifacts/{ARTIFACT}).")
         return folder
 
+    @_telling("ask for the champion")
     def champion(self, name: str) -> tuple[str, Learner] | None:
         """The present champion's version and learner."""
         try:
@@ -132,9 +155,10 @@ class Tracker:
         except MlflowException as error:
             if error.error_code in MISSING:
                 return None
-            raise TrackingError(f"{self.uri}: cannot ask for {name}'s champion ({_short(error)}).") from error
+            raise
         return str(version.version), Learner.from_folder(self.fetch_model(f"models:/{name}@{CHAMPION}"))
 
+    @_telling("register the model")
     def register(self, run_id: str, card: ModelCard, state: MetaState, tags: dict[str, str]) -> ModelVersion:
         """Log the model to its run and register it as a new version with the alias `candidate`."""
         with tempfile.TemporaryDirectory() as scratch:
@@ -145,7 +169,7 @@ class Tracker:
                     name="model",
                     python_model=str(Path(__file__).with_name("served_model.py")),
                     artifacts={ARTIFACT: str(folder)},
-                    code_paths=[str(Path(pipeline.__file__).parent)],
+                    code_paths=_code_paths(card),
                     signature=signature(card),
                     pip_requirements=[f"{name}=={importlib.metadata.version(name)}" for name in REQUIREMENTS],
                 )
@@ -153,11 +177,12 @@ class Tracker:
             self.client.create_registered_model(card.name)
         except MlflowException as error:
             if error.error_code != "RESOURCE_ALREADY_EXISTS":
-                raise TrackingError(f"{self.uri}: cannot register {card.name} ({_short(error)}).") from error
+                raise
         version = self.client.create_model_version(card.name, info.model_uri, run_id, tags=tags, model_id=info.model_id)
         self.client.set_registered_model_alias(card.name, CANDIDATE, str(version.version))
         return version
 
+    @_telling("record the promotion")
     def record(self, name: str, version: str, decision: Decision) -> None:
         """Tag the version with the decision and, where it was promoted, give it the alias `champion`."""
         for key, value in decision.tags().items():
@@ -174,6 +199,7 @@ class RunLog:
         self._client = tracker.client
         self._resumed = resumed
 
+    @_telling("log the configuration")
     def describe(self, experiment: Experiment, data_digest: str) -> None:
         """The full configuration as parameters and as a file, and the data set as an input."""
         content = experiment.to_dict()
@@ -191,11 +217,13 @@ class RunLog:
         )
         self.tags({"data_digest": data_digest})
 
+    @_telling("read metrics")
     def last_step(self) -> int:
         """The last step whose metrics have arrived; −1 where none have."""
         metrics = self._client.get_run(self.run_id).data._metric_objs
         return max((m.step for m in metrics if not m.key.startswith("system/")), default=-1)
 
+    @_telling("log metrics")
     def metrics(self, records: Sequence[dict[str, Any]]) -> None:
         """Journal records: {"step": …, "time": milliseconds, name: value, …}. A step is never cut in two."""
         batch: list[Metric] = []
@@ -212,13 +240,16 @@ class RunLog:
         """Results of the whole run, at its last step."""
         self.metrics([{"step": step, "time": int(time.time() * 1000), **values}])
 
+    @_telling("log tags")
     def tags(self, tags: dict[str, str]) -> None:
         self._client.log_batch(self.run_id, tags=[RunTag(k, v) for k, v in tags.items()])
 
+    @_telling("log artifacts")
     def artifacts(self, folder: Path, into: str) -> None:
         """Every file of a folder, under `into`."""
         self._client.log_artifacts(self.run_id, str(folder), into)
 
+    @_telling("end the run")
     def end(self, status: str) -> None:
         """FINISHED, FAILED or KILLED."""
         self._client.set_terminated(self.run_id, status)
@@ -232,6 +263,14 @@ class RunLog:
             yield
         finally:
             monitor.finish()
+
+
+def _code_paths(card: ModelCard) -> list[str]:
+    """This package, and a user's own network, so that the model loads where neither is installed."""
+    paths = [Path(pipeline.__file__).parent]
+    if hasattr(card.model, "code_path"):
+        paths.append(card.model.code_path())
+    return [str(path) for path in paths]
 
 
 def _check_reachable(uri: str) -> None:

@@ -8,7 +8,7 @@ task's own gradient; that is why `loss` returns one number per task and never th
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -61,6 +61,7 @@ class TaskFamily(Protocol):
     objective: Objective
     input_shape: tuple[int, ...]  # of one example, e.g. (C, H, W)
     num_outputs: int  # n_way, or the dimension of the regression target
+    description: dict[str, Any]  # of its evaluation episodes, for results
     prefetch: bool  # True if sampling waits for a disk, so that the loop should sample one step ahead
 
     def sample(self, split: Split, step: int, slots: Tensor, *, seed: int) -> TaskBatch:

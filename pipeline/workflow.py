@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +14,7 @@ import torch
 from pipeline import experiment as experiments
 from pipeline import launch, pictures, promotion, runs, storage
 from pipeline.baselines import nearest_neighbour
-from pipeline.errors import ConfigError, TrackingError
+from pipeline.errors import ConfigError, DataError, TrackingError
 from pipeline.experiment import Components, Experiment
 from pipeline.learner import Learner, card_of
 from pipeline.runs import JOURNAL_FILE, RunFolder
@@ -58,11 +58,11 @@ def train(
     Raises UserError: bad input, before any worker starts; TrainingStopped: the run ended early.
     """
     keep_freed_memory()
-    exp = exp.model_copy(update={"task": exp.task.absolute()})
+    exp = exp.absolute()
     data_digest = experiments.check_fits(exp)
     tracker = Tracker()
-    run, resumed = runs.open_run(exp, data_digest=data_digest, fresh=fresh)
-    with run.locked():
+    with runs.claimed(runs.runs_of(exp)):
+        run, resumed = runs.open_run(exp, data_digest=data_digest, fresh=fresh)
         say(f"{'going on with' if resumed else 'run'} {run.path}")
         log = _open_log(exp, run, tracker)
         try:
@@ -75,7 +75,8 @@ def train(
                 say("comparing with the champion on validation episodes that serve nothing else")
                 registration = _register(exp, run, parts, tracker, test)
         except BaseException as error:
-            log.end("KILLED" if isinstance(error, KeyboardInterrupt) else "FAILED")
+            with suppress(TrackingError):  # what went wrong first is what the user must hear of
+                log.end("FAILED" if isinstance(error, Exception) else "KILLED")
             raise
         log.end("FINISHED")
         run.update(status="finished")
@@ -108,7 +109,7 @@ def _following(run: RunFolder, log: RunLog, observe: Observer) -> Iterator[None]
         try:
             while not done.wait(FOLLOW_SECONDS):
                 deliver()
-        except Exception as error:  # shown by the main thread, once the workers are through
+        except Exception as error:  # raised by the main thread, once the workers are through
             failure.append(error)
 
     follower = threading.Thread(target=follow, name="journal", daemon=True)
@@ -119,12 +120,12 @@ def _following(run: RunFolder, log: RunLog, observe: Observer) -> Iterator[None]
         done.set()
         follower.join()
         if not failure:
-            deliver()
+            try:
+                deliver()
+            except TrackingError as error:
+                failure.append(error)
     if failure:
-        raise TrackingError(
-            f"metrics could not be delivered ({failure[0]}). They are kept in {run.path / JOURNAL_FILE}; run the same "
-            "command again to deliver them."
-        )
+        raise failure[0]
 
 
 def _best(run: RunFolder) -> tuple[int, MetaState]:
@@ -168,15 +169,16 @@ def _evaluate_run(exp: Experiment, run: RunFolder, parts: Components, log: RunLo
 
 def _register(exp: Experiment, run: RunFolder, parts: Components, tracker: Tracker, test: Evaluation) -> Registration:
     step, state = _best(run)
-    manifest = parts.family.manifest if isinstance(parts.family, ImageTasks) else None
-    facts = json.loads((run.checkpoints.path(step) / "meta.json").read_text())
+    images = parts.family if isinstance(parts.family, ImageTasks) else None
+    facts = run.checkpoints.meta(step)
     card = card_of(
         exp,
         objective=parts.family.objective.name,
         input_shape=parts.family.input_shape,
         num_outputs=parts.family.num_outputs,
-        preprocessing=manifest.preprocessing if manifest else None,
+        preprocessing=images.manifest.preprocessing if images else None,
         data_digest=run.read()["data_digest"],
+        training_classes=list(images.class_digests("meta_train")) if images else (),
         checkpoint={"run": f"{exp.name}/{run.path.name}", "step": step, "sha256": facts["sha256"]},
     )
     learner = Learner(card, MetaState(*({k: v.cpu() for k, v in part.items()} for part in state)))
@@ -218,7 +220,7 @@ def register(path: str | Path) -> Registration:
         raise ConfigError(f"{run.path}: was trained on other data (the data set's digest has changed since).")
     tracker = Tracker()
     parts = experiments.build(exp, device=launch.default_device())
-    with run.locked():
+    with runs.claimed(run.path.parent):
         log = _open_log(exp, run, tracker)
         with _following(run, log, lambda _: None):  # delivers what this tracking store does not have yet
             pass
@@ -241,6 +243,7 @@ class ModelEvaluation(NamedTuple):
     evaluation: Evaluation
     comparisons: list[Comparison]
     mode: Normalization
+    trained_on_this_data: bool
 
 
 def evaluate_model(
@@ -264,6 +267,8 @@ def evaluate_model(
     exp = experiments.from_dict(learner.card.experiment, source="the model's experiment")
     changes = {"data": data, "split": class_split, "k_shot": k_shot, "eval_n_query": n_query}
     if learner.card.objective != "classification":
+        if data or class_split:
+            raise ConfigError(f"{learner.card.name}: its tasks are procedural; --data and --class-split do not apply.")
         changes = {"eval_k_shot": k_shot, "eval_n_query": n_query}
     task = exp.task.model_copy(update={k: v for k, v in changes.items() if v is not None})
     digest = task.verify()
@@ -275,6 +280,9 @@ def evaluate_model(
             f"{task.data}: its images are {list(family.input_shape)}, {learner.card.name} takes "
             f"{learner.card.input_shape}. Prepare the data set with that --size."
         )
+
+    if isinstance(family, ImageTasks) and part != "meta_train":
+        _check_unseen(learner, family, part)
 
     def run(state: MetaState) -> Evaluation:
         return evaluate(
@@ -299,4 +307,16 @@ def evaluate_model(
             others["nearest neighbour on pixels"] = nearest_neighbour(family, split=part, seed=seed, episodes=episodes)
         sign = 1 if family.objective.higher_is_better else -1
         comparisons = [Comparison(n, Estimate.of(s), paired(sign * ours, sign * s)) for n, s in others.items()]
-    return ModelEvaluation(learner, evaluation, comparisons, promotion.MODE)
+    return ModelEvaluation(learner, evaluation, comparisons, promotion.MODE, digest == learner.card.data_digest)
+
+
+def _check_unseen(learner: Learner, family: ImageTasks, part: Split) -> None:
+    """Raises DataError where the model was trained on classes that it is to be tested on (another class split, say)."""
+    candidates = family.class_digests(part)
+    seen = sorted(candidates[digest] for digest in candidates.keys() & set(learner.card.training_classes))
+    if seen:
+        raise DataError(
+            f"{family.config.data}: {learner.card.name} was trained on {len(seen)} of the {len(candidates)} {part} "
+            f"classes of the class split {family.config.split!r} ({', '.join(seen[:3])}, …), so its score there would "
+            "mean nothing. Use the data set and the class split that it was trained with, or other data."
+        )

@@ -18,7 +18,8 @@ def tiny_data_set(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pat
     """A factory of small image data sets, each in a folder of its own.
 
     `classes` names "group0/class00", … in groups of four; each class is its own random pattern under noise, with
-    an empty margin, so that a few adaptation steps can tell classes apart. The class split "random" deals them to the parts in turn.
+    an empty margin, so that a few adaptation steps can tell classes apart. The class split "random" deals them to
+    the parts in turn.
     """
 
     def make(*, classes: int = 16, per_class: int = 8, size: int = 12, channels: int = 1) -> Path:

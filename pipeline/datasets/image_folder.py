@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.datasets.preprocessing import Preprocessing, open_picture, pictures_in
+from pipeline.datasets.preprocessing import IMAGE_SUFFIXES, Preprocessing, open_picture, pictures_in
 from pipeline.datasets.source import RawClass
 from pipeline.datasets.splits import group_split, random_split
 from pipeline.errors import DataError
@@ -43,15 +43,23 @@ def class_folders(source: Path) -> dict[str, Path]:
     if not source.is_dir():
         raise DataError(f"{source}: no such folder. Give one that holds a folder of pictures per class.")
     found: dict[str, Path] = {}
-    for first in sorted(p for p in source.iterdir() if p.is_dir() and not p.name.startswith(".")):
-        if pictures_in(first):
+    for first in _folders_in(source):
+        groups = _folders_in(first)
+        if pictures_in(first) or not groups:
             found[first.name] = first
-        for second in sorted(p for p in first.iterdir() if p.is_dir() and not p.name.startswith(".")):
-            if pictures_in(second):
-                found[f"{first.name}/{second.name}"] = second
+        found.update({f"{first.name}/{second.name}": second for second in groups})
+    for name, folder in found.items():
+        if not pictures_in(folder):  # leaving the class out silently would give answers without it
+            raise DataError(
+                f"{folder}: class {name} holds no picture ({', '.join(IMAGE_SUFFIXES)}). Add some, or remove it."
+            )
     if not found:
         raise DataError(f"{source}: no folder in it holds pictures. Make one folder per class, named like the class.")
     return found
+
+
+def _folders_in(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
 
 
 def _group(name: str) -> str:

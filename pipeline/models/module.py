@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import copy
 import importlib
+import sys
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -29,6 +31,7 @@ class ModuleConfig(Section):
 
     name: Literal["module"]
     factory: str = Field(pattern=r"^[\w.]+:\w+$")  # "package.module:callable"
+    folder: Path = Path(".")  # where the package lies, if it is not installed
     arguments: dict[str, Any] = Field(default_factory=dict)
     batching: Batching = "auto"
     # auto: a loop on CPU for networks with convolutions (vmap turns them into grouped ones, measured slower there),
@@ -36,7 +39,7 @@ class ModuleConfig(Section):
 
     def build(self, *, input_shape: tuple[int, ...], num_outputs: int, dtype: torch.dtype) -> ModuleModel:
         """Raises ConfigError: the factory cannot be imported or called, or does not fit the task."""
-        factory = _import(self.factory)
+        factory = _import(self.factory, self.folder)
 
         def make() -> nn.Module:
             try:
@@ -51,15 +54,28 @@ class ModuleConfig(Section):
         model.check(input_shape, num_outputs, name=self.factory)
         return model
 
+    def absolute(self) -> ModuleConfig:
+        """With an absolute folder: workers run in another one."""
+        return self.model_copy(update={"folder": self.folder.absolute()})
 
-def _import(path: str) -> Any:
+    def code_path(self) -> Path:
+        """The file or package folder that holds the factory, to keep with a registered model."""
+        name = self.factory.partition(":")[0].partition(".")[0]
+        _import(self.factory, self.folder)
+        file = Path(str(sys.modules[name].__file__))
+        return file.parent if file.name == "__init__.py" else file
+
+
+def _import(path: str, folder: Path) -> Any:
     module_name, _, attribute = path.partition(":")
+    if str(folder) not in sys.path:
+        sys.path.append(str(folder))
     try:
         return getattr(importlib.import_module(module_name), attribute)
     except (ImportError, AttributeError) as error:
         raise ConfigError(
             f"model.factory: cannot import {path} ({error}). Write it as package.module:callable, with the package "
-            "installed or in the current folder."
+            f"installed or in model.folder ({folder})."
         ) from error
 
 
@@ -89,7 +105,7 @@ class EpisodeBatchNorm(nn.Module):
 class ModuleModel:
     """Task-batched view of the modules that `make` returns. Parameters keep the module's own names.
 
-    batching: how tasks are batched (see `ModuleConfig`). Buffers other than BatchNorm's are constants.
+    batching: how tasks are batched (see `ModuleConfig`). Buffers other than BatchNorm's are constants; dropout is off.
     """
 
     cpu_task_chunk = None
@@ -97,7 +113,8 @@ class ModuleModel:
     def __init__(self, make: Any, *, dtype: torch.dtype, batching: Batching = "auto") -> None:
         self._make = make
         self._dtype = dtype
-        self._module = _with_episode_norms(self._fresh(seed=0)).to(dtype)
+        # eval: dropout would draw from the global generator, and answers would differ from call to call
+        self._module = _with_episode_norms(self._fresh(seed=0)).to(dtype).eval()
         self._norms = {n: m for n, m in self._module.named_modules() if isinstance(m, EpisodeBatchNorm)}
         convolutional = any(isinstance(m, nn.modules.conv._ConvNd) for m in self._module.modules())
         self._convolutional = convolutional

@@ -34,7 +34,8 @@ class Normalizer:
         """
         tasks, channels = weight.shape
         gain, offset = weight.reshape(-1), bias.reshape(-1)
-        if self.statistics is None and not self.observe:
+        several = x.numel() > x.shape[1]  # F.batch_norm refuses one value per channel; its variance is 0
+        if self.statistics is None and not self.observe and several:
             return F.batch_norm(x, None, None, gain, offset, training=True, eps=EPSILON)
         if self.statistics is None or self.observe:
             var, mean = torch.var_mean(x, dim=[0, *range(2, x.ndim)], correction=0)

@@ -94,6 +94,13 @@ class ImageTasks:
             raise DataError(f"{config.data}: task.rotations needs square images, these are {height}×{width}.")
         self.input_shape = (channels, height, width)
         self.num_outputs = config.n_way
+        self.description = {
+            "family": config.family,
+            "class_split": config.split,
+            "n_way": config.n_way,
+            "k_shot": config.k_shot,
+            "n_query": config.eval_n_query,
+        }
         total = self.manifest.num_examples * self.manifest.image_bytes
         self.prefetch = total > config.memory_limit_mb << 20
         self._members: dict[Split, Tensor] = {}
@@ -106,6 +113,11 @@ class ImageTasks:
             self._counts[split] = counts[members]
         store = MappedImages if self.prefetch else DeviceImages
         self._images: ImageStore = store(config.data, self.manifest, device)
+
+    def class_digests(self, split: Split) -> dict[str, str]:
+        """sha256 of a class's images -> its name, for the classes of one part."""
+        members = [self.manifest.classes[i] for i in self._members[split].tolist()]
+        return {entry.sha256: entry.name for entry in members}
 
     def sample(self, split: Split, step: int, slots: Tensor, *, seed: int) -> TaskBatch:
         """Episodes with x [T, S|Q, C, H, W] in 0…1 and y int64 [T, S|Q], on the family's device.

@@ -20,6 +20,7 @@ import json
 import os
 import shutil
 import tempfile
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
@@ -94,7 +95,9 @@ class Manifest(Section):
     splits: list[str] = Field(min_length=1)  # names of the class splits; each class is in every one of them
     shards: list[ShardEntry] = Field(min_length=1)
     source: dict[str, Any]  # how it was made: source name, options, seed, warnings
-    preprocessing: dict[str, Any]  # what turns a user's picture into one of these images (see datasets/images.py)
+    preprocessing: dict[
+        str, Any
+    ]  # what turns a user's picture into one of these images (see datasets/preprocessing.py)
     digest: str = Field(pattern="^[0-9a-f]{64}$")
 
     @model_validator(mode="after")
@@ -102,6 +105,13 @@ class Manifest(Section):
         for entry in self.classes:
             if any(group.shard >= len(self.shards) for group in entry.row_groups):
                 raise ValueError(f"class {entry.name} has a row group in a shard that is not listed")
+        return self
+
+    @model_validator(mode="after")
+    def _every_class_is_in_every_split(self) -> Manifest:
+        for entry in self.classes:
+            if entry.splits.keys() != set(self.splits):
+                raise ValueError(f"class {entry.name} is not in exactly the class splits {', '.join(self.splits)}")
         return self
 
     @property
@@ -118,12 +128,13 @@ class Manifest(Section):
         return [i for i, entry in enumerate(self.classes) if entry.splits.get(split_name) == split]
 
     def compute_digest(self) -> str:
-        """sha256 over format, shape and, per class, name, group, count, pixels and splits."""
+        """sha256 over format, shape, preprocessing and, per class, name, group, count, pixels and splits."""
         content = {
             "format_version": self.format_version,
             "modality": self.modality,
             "shape": list(self.shape),
             "dtype": self.dtype,
+            "preprocessing": self.preprocessing,
             "classes": [[c.name, c.group, c.count, c.sha256, dict(sorted(c.splits.items()))] for c in self.classes],
         }
         canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
@@ -408,6 +419,7 @@ class ShardReader:
         self.folder = Path(folder)
         self.manifest = manifest
         self._files: dict[int, pq.ParquetFile] = {}
+        self._lock = threading.Lock()  # a ParquetFile is not thread-safe; sampling ahead and validation share it
 
     def __enter__(self) -> ShardReader:
         return self
@@ -441,7 +453,9 @@ class ShardReader:
     def _read_row_group(self, class_id: int, group: RowGroup) -> np.ndarray:
         name = self.manifest.shards[group.shard].file
         try:
-            table = self._open(group.shard).read_row_group(group.row_group, columns=["class_id", "image"])
+            with self._lock:
+                file = self._open(group.shard)
+                table = file.read_row_group(group.row_group, columns=["class_id", "image"])
             chunk = table.column("image").combine_chunks()
             pixels = np.frombuffer(chunk.buffers()[1], dtype=np.uint8)
             start = chunk.offset * self.manifest.image_bytes

@@ -36,9 +36,6 @@ class SinusoidConfig(Section):
     def build(self, *, device: torch.device, dtype: torch.dtype) -> SinusoidTasks:
         return SinusoidTasks(self, device=device, dtype=dtype)
 
-    def absolute(self) -> SinusoidConfig:
-        return self
-
     def verify(self) -> str:
         """Procedural: the digest names the family and its ranges."""
         return f"sinusoid:A{AMPLITUDE}:phase{PHASE}:x{INPUT}"
@@ -54,6 +51,7 @@ class SinusoidTasks:
 
     def __init__(self, config: SinusoidConfig, *, device: torch.device, dtype: torch.dtype) -> None:
         self.config = config
+        self.description = {"family": config.family, "k_shot": config.eval_k_shot, "n_query": config.eval_n_query}
         self.device = device
         self.dtype = dtype
 

@@ -1,7 +1,7 @@
 """TrainState <-> a folder, atomically and without pickle.
 
     RUN/checkpoints/step-00000500/state.pt     read with weights_only=True
-    RUN/checkpoints/step-00000500/meta.json    step, experiment digest of the data, best so far, sha256 of state.pt
+    RUN/checkpoints/step-00000500/meta.json    step, digest of the data, best so far, sha256 of state.pt
 
 A checkpoint is written beside its place and renamed into it, so one that is there is whole. Writing the same step
 again replaces it. Only the latest and the best are kept.
@@ -13,6 +13,8 @@ import hashlib
 import json
 import math
 import os
+import pickle
+import re
 import shutil
 import tempfile
 from dataclasses import dataclass, field
@@ -60,7 +62,8 @@ class CheckpointStore:
 
     def steps(self) -> list[int]:
         """The steps whose checkpoints are whole, ascending."""
-        return sorted(int(path.name.removeprefix("step-")) for path in self.folder.glob("step-*") if path.is_dir())
+        names = [path.name for path in self.folder.glob("step-*") if path.is_dir()]
+        return sorted(int(name.removeprefix("step-")) for name in names if re.fullmatch(r"step-\d{8}", name))
 
     def path(self, step: int) -> Path:
         return self.folder / f"step-{step:08d}"
@@ -70,13 +73,24 @@ class CheckpointStore:
         return steps[-1] if steps else None
 
     def best(self) -> int | None:
-        """The step of the best validated checkpoint; None before the first validation."""
+        """The step of the best validated checkpoint; None before the first validation, or where it was removed."""
         latest = self.latest()
-        return None if latest is None else json.loads((self.path(latest) / "meta.json").read_text())["best_step"]
+        step = None if latest is None else self.meta(latest)["best_step"]
+        return step if step in self.steps() else None
+
+    def meta(self, step: int) -> dict[str, Any]:
+        """The content of a checkpoint's meta.json. Raises DataError: missing or damaged, with its path."""
+        path = self.path(step) / "meta.json"
+        try:
+            return json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            raise DataError(f"{path}: cannot be read ({error}). Remove {path.parent} to go on without it.") from error
 
     def save(self, state: TrainState, *, data_digest: str) -> Path:
         """Write the state's checkpoint and drop the ones that are neither the latest nor the best."""
         self.folder.mkdir(parents=True, exist_ok=True)
+        for leftover in self.folder.glob(".partial-*"):  # of a killed process; the run is ours alone
+            shutil.rmtree(leftover, ignore_errors=True)
         staging = Path(tempfile.mkdtemp(prefix=".partial-", dir=self.folder))
         try:
             staging.chmod(0o755)
@@ -101,11 +115,17 @@ class CheckpointStore:
                 "data_digest": data_digest,
                 "sha256": hashlib.sha256((staging / "state.pt").read_bytes()).hexdigest(),
             }
-            (staging / "meta.json").write_text(json.dumps(meta, indent=1) + "\n")
+            with (staging / "meta.json").open("w") as text:
+                text.write(json.dumps(meta, indent=1) + "\n")
+                text.flush()
+                os.fsync(text.fileno())
             final = self.path(state.step)
             if final.exists():
                 shutil.rmtree(final)
             os.rename(staging, final)
+            descriptor = os.open(self.folder, os.O_RDONLY)
+            os.fsync(descriptor)  # the rename too survives a power cut
+            os.close(descriptor)
         except BaseException:
             shutil.rmtree(staging, ignore_errors=True)
             raise
@@ -118,11 +138,11 @@ class CheckpointStore:
         """The content of a checkpoint. Raises DataError: missing or damaged, with its path."""
         path = self.path(step) / "state.pt"
         try:
-            meta = json.loads((self.path(step) / "meta.json").read_text())
+            meta = self.meta(step)
             if hashlib.sha256(path.read_bytes()).hexdigest() != meta["sha256"]:
                 raise DataError(f"{path}: damaged (its sha256 differs from meta.json's). Remove {path.parent}.")
             content = torch.load(path, map_location=device, weights_only=True)
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
+        except (OSError, ValueError, KeyError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
             raise DataError(f"{path}: cannot be read ({error}). Remove {path.parent} to go on without it.") from error
         return content
 

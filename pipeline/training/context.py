@@ -7,13 +7,16 @@ Train worker. Checkpoints and metrics go through the run's folder (see `runs.py`
 from __future__ import annotations
 
 import os
+import signal
 import socket
+import threading
 from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import wait
 from typing import Any, Protocol
 
 import torch
+import torch.multiprocessing as multiprocessing
 from torch import Tensor
 
 from pipeline.errors import TrainingStopped, UserError
@@ -89,8 +92,6 @@ def run_processes(worker: Callable[..., None], *args: Any, num_workers: int, use
 
     Raises the worker's UserError; TrainingStopped where a worker died. The others are then ended too.
     """
-    import torch.multiprocessing as multiprocessing
-
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -122,9 +123,19 @@ def run_processes(worker: Callable[..., None], *args: Any, num_workers: int, use
             process.join()
 
 
+def _end_with_the_driver() -> None:
+    """A driver that is killed cannot end its workers, and they must not go on writing a run that starts anew."""
+    driver = multiprocessing.parent_process()
+    assert driver is not None
+    driver.join()
+    os._exit(1)
+
+
 def _process(
     rank: int, world_size: int, port: int, use_gpu: bool, errors: Any, worker: Callable[..., None], args: Any
 ) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the driver ends its workers
+    threading.Thread(target=_end_with_the_driver, name="driver", daemon=True).start()
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # all on this machine; its host name may not resolve
     device = torch.device("cuda", rank) if use_gpu else torch.device("cpu")
     if use_gpu:

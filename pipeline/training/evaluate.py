@@ -62,6 +62,7 @@ class Evaluation:
     split: Split
     seed: int
     data_digest: str
+    task: dict[str, Any]  # the family's description: class split, n_way, k_shot, n_query
 
     @property
     def episodes(self) -> int:
@@ -85,6 +86,7 @@ class Evaluation:
         """The result with all that is needed to get it again."""
         return {
             "split": self.split,
+            "task": self.task,
             "episodes": self.episodes,
             "episode_seed": self.seed,
             "data_digest": self.data_digest,
@@ -132,8 +134,8 @@ def evaluate(
     steps = algorithm.eval_steps if steps is None else steps
     # float64 and zeros for the other ranks' rows: the sum over ranks is then exact, whatever the number of ranks
     results = torch.zeros(2, episodes, len(MODES), steps + 1, dtype=torch.float64, device=context.device)
-    mine = torch.arange(context.rank, episodes, context.world_size)
-    for slots in mine.split(chunk or EPISODES_AT_ONCE):
+    mine = torch.arange(episodes)[context.rank :: context.world_size]
+    for slots in mine.split(chunk or EPISODES_AT_ONCE) if len(mine) else ():
         batch = family.sample(split, 0, slots, seed=seed)
         rows = slots.to(context.device)
         path = algorithm.adaptation_path(state, batch.support_x, batch.support_y, steps=steps, inductive=True)
@@ -146,7 +148,7 @@ def evaluate(
     if context.world_size > 1:
         context.all_reduce(results)
     scores, losses = results.cpu()
-    return Evaluation(scores, losses, family.objective.score_name, split, seed, data_digest)
+    return Evaluation(scores, losses, family.objective.score_name, split, seed, data_digest, family.description)
 
 
 def summarize(evaluation: Evaluation, prefix: str, modes: Sequence[Normalization] = MODES) -> dict[str, float]:

@@ -30,6 +30,12 @@ class JournalWriter:
         self._stream = path.open("a")
         self._flushed = time.monotonic()
 
+    def __enter__(self) -> JournalWriter:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
     def append(self, step: int, metrics: dict[str, float]) -> None:
         record = {"step": step, "time": time.time_ns() // 1_000_000, **metrics}
         self._stream.write(json.dumps(record) + "\n")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -39,20 +40,20 @@ def train(context: Context, experiment: Experiment, run: RunFolder) -> None:
     journal = JournalWriter(run.path / JOURNAL_FILE, resume_step=state.step) if context.rank == 0 else None
 
     total = experiment.training.steps
-    for batch in _training_batches(context, experiment, parts, first_step=state.step):
-        metrics = _outer_step(context, experiment, parts, state, batch)
-        validating = state.step % experiment.training.validate_every == 0 or state.step == total
-        if validating:
-            metrics |= _validate(context, experiment, parts, state, run)
-        if journal:
-            journal.append(state.step, metrics)
-        if validating:
+    with journal or nullcontext():
+        for batch in _training_batches(context, experiment, parts, first_step=state.step):
+            metrics = _outer_step(context, experiment, parts, state, batch)
+            validating = state.step % experiment.training.validate_every == 0 or state.step == total
+            if validating and state.skipped_in_a_row < experiment.training.max_nonfinite_steps:
+                metrics |= _validate(context, experiment, parts, state, run)
             if journal:
-                journal.flush()  # before the checkpoint: a resumed run keeps the lines up to its step
-                run.checkpoints.save(state, data_digest=run.read()["data_digest"])
-            context.report({"step": state.step, **metrics})
-    if journal:
-        journal.close()
+                journal.append(state.step, metrics)
+            _stop_if_not_finite(experiment, state, check_params=validating)
+            if validating:
+                if journal:
+                    journal.flush()  # before the checkpoint: a resumed run keeps the lines up to its step
+                    run.checkpoints.save(state, data_digest=run.read()["data_digest"])
+                context.report({"step": state.step, **metrics})
 
 
 def _initial_state(experiment: Experiment, parts: Components, device: torch.device) -> TrainState:
@@ -111,16 +112,25 @@ def _outer_step(
         state.skipped += 1
         state.skipped_in_a_row += 1
     state.step += 1
-    if state.skipped_in_a_row >= config.max_nonfinite_steps:
-        raise TrainingStopped(
-            f"training stopped at outer step {state.step}: the meta-gradient was not finite {state.skipped_in_a_row} "
-            "times in a row. The last good checkpoint is kept. Lower algorithm.inner_lr or training.outer.outer_lr, or "
-            "set training.outer.gradient_clip, and start anew with --fresh."
-        )
     seconds = time.perf_counter() - started
     metrics["tasks_per_second"] = config.meta_batch_size / seconds
     metrics["skipped_steps"] = state.skipped
     return metrics
+
+
+def _stop_if_not_finite(experiment: Experiment, state: TrainState, *, check_params: bool) -> None:
+    """Every rank has the same state, so all of them stop, or none. Raises TrainingStopped."""
+    reason = ""
+    if state.skipped_in_a_row >= experiment.training.max_nonfinite_steps:
+        reason = f"the meta-gradient was not finite {state.skipped_in_a_row} times in a row"
+    elif check_params and not all(bool(value.isfinite().all()) for value in state.meta.params.values()):
+        reason = "the meta-parameters are not finite any more"
+    if reason:
+        raise TrainingStopped(
+            f"training stopped at outer step {state.step}: {reason}. The last good checkpoint is kept. Lower "
+            "algorithm.inner_lr or training.outer.outer_lr, or set training.outer.gradient_clip, and start anew with "
+            "--fresh."
+        )
 
 
 def _validate(
@@ -139,7 +149,8 @@ def _validate(
         context=context,
     )
     score = evaluation.score(experiment.evaluation.selection_mode).mean
-    improved = state.best.improves(score, higher_is_better=parts.family.objective.higher_is_better)
+    finite = bool(evaluation.losses.isfinite().all())  # an accuracy is a number even where the outputs are not
+    improved = finite and state.best.improves(score, higher_is_better=parts.family.objective.higher_is_better)
     if improved:
         state.best.step, state.best.score = state.step, score
     state.plateau.after_validation(experiment.training.outer, improved=improved)

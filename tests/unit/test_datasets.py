@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
-from pipeline.datasets.image_folder import ImageFolder
+from pipeline.datasets.image_folder import ImageFolder, class_folders
 from pipeline.datasets.omniglot import BACKGROUND, EVALUATION, Omniglot
 from pipeline.datasets.prepare import prepare
 from pipeline.datasets.preprocessing import Preprocessing, open_picture
@@ -513,3 +513,11 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match="cannot be written"):
         shards.write(tmp_path / "file" / "out", [], splits={}, source={}, preprocessing={})
+
+
+def test_a_class_folder_without_pictures_is_named(tmp_path: Path) -> None:
+    for name, file in (("a", "1.png"), ("b", "photo.heic")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / file).write_bytes(b"")
+    with pytest.raises(DataError, match=r"b: class b holds no picture \(\.png"):
+        class_folders(tmp_path)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from pipeline import experiment
 from pipeline.errors import ConfigError, DataError
 from pipeline.experiment import Experiment
-from pipeline.runs import CONFIG_FILE, RUN_FILE, RunFolder, find_run, latest_run, open_run
+from pipeline.runs import CONFIG_FILE, RUN_FILE, claimed, find_run, latest_run, open_run, runs_of
 from pipeline.training import journal
 from pipeline.training.journal import JournalReader, JournalWriter
 
@@ -246,24 +246,28 @@ def test_damaged_run_file_is_named(content: str, make: Callable[..., Experiment]
 HOLDER = """
 import sys, time
 from pathlib import Path
-from pipeline.runs import RunFolder
-with RunFolder(Path(sys.argv[1])).locked():
+from pipeline.runs import claimed
+with claimed(Path(sys.argv[1])):
     print("held", flush=True)
     time.sleep(600)
 """
 
 
-def test_one_process_at_a_time_holds_a_run(make: Callable[..., Experiment]) -> None:
-    run, _ = open_run(make(), data_digest="d")
-    with subprocess.Popen([sys.executable, "-c", HOLDER, str(run.path)], stdout=subprocess.PIPE) as process:
+def test_one_process_at_a_time_works_on_a_name(make: Callable[..., Experiment]) -> None:
+    folder = runs_of(make())
+    with subprocess.Popen([sys.executable, "-c", HOLDER, str(folder)], stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         try:
             assert process.stdout.readline() == b"held\n"
-            with pytest.raises(ConfigError, match=r"001: another process is training this run"), run.locked():
+            with pytest.raises(ConfigError, match="another process is training a run of this name"), claimed(folder):
                 pass
         finally:
             process.kill()
-    with run.locked():  # the lock went with the process
+    with claimed(folder):  # the lock went with the process
         pass
-    with run.locked(), pytest.raises(ConfigError, match="another process"), RunFolder(run.path).locked():
+
+
+def test_a_runs_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"tracking\.runs"), claimed(tmp_path / "file" / "name"):
         pass

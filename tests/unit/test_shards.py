@@ -2,10 +2,12 @@
 
 import hashlib
 import json
+import random
 import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -442,3 +444,21 @@ def test_shard_of_another_data_set_is_found_even_with_its_own_digest(folder: Pat
     edit_manifest(folder, lambda m: m["shards"][index].update(entry))
     with pytest.raises(DataError, match="disagrees with its shards"):
         shards.verify(folder)
+
+
+def test_threads_may_share_a_reader(tiny_data: Path) -> None:
+    """The prefetch thread and validation do; pyarrow's own file objects are not thread-safe."""
+    manifest = shards.read_manifest(tiny_data)
+    with shards.ShardReader(tiny_data, manifest) as reader, ThreadPoolExecutor(4) as pool:
+        wanted = [random.Random(i).randrange(len(manifest.classes)) for i in range(400)]
+        for class_id, images in zip(wanted, pool.map(reader.read_class, wanted), strict=True):
+            assert hashlib.sha256(images).hexdigest() == manifest.classes[class_id].sha256
+
+
+@pytest.mark.parametrize("change", [{"splits": ["other"]}, {"preprocessing": {"kind": "photo", "size": 12}}])
+def test_edited_splits_and_preprocessing_are_noticed(tiny_data: Path, tmp_path: Path, change: dict) -> None:
+    folder = Path(shutil.copytree(tiny_data, tmp_path / "copy"))
+    content = json.loads((folder / shards.MANIFEST).read_text())
+    (folder / shards.MANIFEST).write_text(json.dumps(content | change))
+    with pytest.raises(DataError, match="dataset.json"):
+        shards.read_manifest(folder)
