@@ -60,10 +60,13 @@ def prepare(
     from pipeline.datasets.prepare import prepare as write_data_set
     from pipeline.tasks import shards
 
-    record = {"name": source_name.value, "size": size, "seed": seed}
+    record: dict[str, Any] = {"name": source_name.value, "size": size, "seed": seed}
+    if source_name is SourceName.images:
+        record["kind"] = kind.value  # the other sources are drawings whatever it says
     if reuse and (out / shards.MANIFEST).exists():
-        manifest = shards.verify(out)
+        manifest = shards.read_manifest(out)
         _check_same(out, manifest, record)
+        shards.verify(out, manifest)
         console.emit(_summary(out, manifest), as_json=json, show=lambda: _show(out, manifest, reused=True))
         return
     shards.check_free(out, overwrite=overwrite)
@@ -83,6 +86,7 @@ def prepare(
 
 
 def _check_same(out: Path, manifest: Manifest, record: dict[str, Any]) -> None:
+    """Raises ConfigError: a data set prepared with other options stands at `out`; names those that differ."""
     from pipeline.errors import ConfigError
 
     differing = [f"{k} {manifest.source.get(k)} and not {v}" for k, v in record.items() if manifest.source.get(k) != v]
@@ -126,7 +130,7 @@ def verify(folder: Folder, json: console.Json = False) -> None:
         {**_summary(folder, manifest), "verified": True},
         as_json=json,
         show=lambda: console.out.print(
-            f"{folder}: whole. {len(manifest.shards)} shards, {len(manifest.classes)} classes, "
+            f"{escape(str(folder))}: whole. {len(manifest.shards)} shards, {len(manifest.classes)} classes, "
             f"{manifest.num_examples} examples, digest {manifest.digest[:12]}…"
         ),
     )
@@ -169,7 +173,7 @@ def show(
 
     def describe() -> None:
         _show(folder, manifest)
-        console.out.print(f"picture of {episodes} {part} episodes: {file}")
+        console.out.print(f"picture of {episodes} {part} episodes: {escape(str(file))}")
 
     console.emit({**_summary(folder, manifest), "picture": str(file)}, as_json=json, show=describe)
 
@@ -216,7 +220,7 @@ def _show(folder: Path, manifest: Manifest, *, reused: bool = False) -> None:
     found = manifest.source.get("near_duplicates", {})
     for split, counts in _counts(manifest).items():
         parts = [str(counts.get(part, 0)) for part in ("meta_train", "meta_val", "meta_test")]
-        table.add_row(split, *parts, str(found.get(split, {}).get("pairs", "not looked for")))
+        table.add_row(escape(split), *parts, str(found.get(split, {}).get("pairs", "not looked for")))
     console.out.print(table)
     for split, pairs in found.items():
         for first, part, second, other, similarity in pairs["closest"][:3]:

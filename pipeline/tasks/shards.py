@@ -9,12 +9,16 @@ Images are fixed-size binary without dictionary or compression: a reader maps th
 decoding, and any Parquet reader opens it. Pages carry checksums, so a damaged page is found even when it is read
 alone. The class splits live in the manifest, never in code that runs at training time.
 
-The data set's own digest covers what a model can learn from (shape, classes, pixels, splits) and not how the
-bytes were packed, so the same raw data gives the same digest with any Parquet writer.
+The data set's own digest covers what a model can learn from (shape, classes, pixels, splits) and how a picture
+becomes such an image (preprocessing), and not how the bytes were packed, so the same raw data gives the same digest
+with any Parquet writer.
 """
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
+import glob
 import hashlib
 import json
 import os
@@ -95,9 +99,7 @@ class Manifest(Section):
     splits: list[str] = Field(min_length=1)  # names of the class splits; each class is in every one of them
     shards: list[ShardEntry] = Field(min_length=1)
     source: dict[str, Any]  # how it was made: source name, options, seed, warnings
-    preprocessing: dict[
-        str, Any
-    ]  # what turns a user's picture into one of these images (see datasets/preprocessing.py)
+    preprocessing: dict[str, Any]  # turns a user's picture into one of these images (see datasets/preprocessing.py)
     digest: str = Field(pattern="^[0-9a-f]{64}$")
 
     @model_validator(mode="after")
@@ -110,7 +112,7 @@ class Manifest(Section):
     @model_validator(mode="after")
     def _every_class_is_in_every_split(self) -> Manifest:
         for entry in self.classes:
-            if entry.splits.keys() != set(self.splits):
+            if sorted(entry.splits) != sorted(self.splits):
                 raise ValueError(f"class {entry.name} is not in exactly the class splits {', '.join(self.splits)}")
         return self
 
@@ -166,11 +168,11 @@ def write(
     check_free(out, overwrite=overwrite)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        staging = Path(tempfile.mkdtemp(prefix=f".{out.name}.partial-", dir=out.parent))
+        _sweep(out)
+        staging, lock = _staging(out)
     except OSError as error:
         raise DataError(f"{out}: cannot be written ({error.strerror}). Choose another --out.") from error
     try:
-        staging.chmod(0o755)  # mkdtemp makes 0700; other users and workers read the data set as well
         content, files = _write_shards(staging, classes, splits, row_group_bytes, shard_bytes)
         content["source"] = {**source, **findings()}
         content["preprocessing"] = dict(preprocessing)
@@ -181,6 +183,8 @@ def write(
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
+    finally:
+        os.close(lock)
     return manifest
 
 
@@ -193,6 +197,29 @@ def check_free(out: str | Path, *, overwrite: bool) -> None:
         raise DataError(f"{out}: already exists. Choose another --out, or replace it with --overwrite.")
     if not (out / MANIFEST).exists():
         raise DataError(f"{out}: exists and is not a data set, so --overwrite leaves it alone. Choose another --out.")
+
+
+def _staging(out: Path) -> tuple[Path, int]:
+    """A new folder beside `out` to write in, and its lock: a descriptor to close at the end."""
+    unlocked = Path(tempfile.mkdtemp(prefix=f".{out.name}.new-", dir=out.parent))
+    unlocked.chmod(0o755)  # mkdtemp makes 0700; other users and workers read the data set as well
+    lock = os.open(unlocked, os.O_RDONLY)
+    with contextlib.suppress(OSError):  # a file system without locks: nobody can sweep there either
+        fcntl.flock(lock, fcntl.LOCK_EX)
+    staging = out.parent / f".{out.name}.partial-{unlocked.name.rsplit('-', 1)[1]}"
+    return unlocked.rename(staging), lock  # locked before it has the name that others sweep
+
+
+def _sweep(out: Path) -> None:
+    """Remove what killed writers of `out` left beside it; the lock of one at work cannot be taken."""
+    for left in out.parent.glob(f"{glob.escape(f'.{out.name}.partial-')}*"):
+        with contextlib.suppress(OSError):
+            lock = os.open(left, os.O_RDONLY)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                shutil.rmtree(left)
+            finally:
+                os.close(lock)
 
 
 def _write_shards(
@@ -341,7 +368,7 @@ def read_manifest(folder: str | Path) -> Manifest:
     """The manifest of a data set, checked against its own digest.
 
     Raises DataError: no such folder, no manifest in it, not JSON, a field missing or wrong, another format
-    version, or a digest that disagrees with the classes and splits.
+    version, or a digest that disagrees with the classes, splits and preprocessing.
     """
     folder = Path(folder)
     path = folder / MANIFEST
@@ -370,8 +397,8 @@ def read_manifest(folder: str | Path) -> Manifest:
         raise DataError(f"{error} Prepare the data set again.") from None
     if manifest.compute_digest() != manifest.digest:
         raise DataError(
-            f"{path}: the digest {manifest.digest[:12]}… disagrees with the classes and splits listed; the "
-            "manifest was changed after it was written. Prepare the data set again."
+            f"{path}: the digest {manifest.digest[:12]}… disagrees with the classes, splits and preprocessing "
+            "listed; the manifest was changed after it was written. Prepare the data set again."
         )
     return manifest
 
@@ -413,7 +440,10 @@ def _shard_problem(folder: Path, shard: ShardEntry) -> str | None:
 
 
 class ShardReader:
-    """Rows of a data set by class, from memory-mapped shards. Files are opened at their first use."""
+    """Rows of a data set by class, from memory-mapped shards. Files are opened at their first use.
+
+    Threads may share one; they take turns reading.
+    """
 
     def __init__(self, folder: str | Path, manifest: Manifest) -> None:
         self.folder = Path(folder)
@@ -425,9 +455,10 @@ class ShardReader:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for file in self._files.values():
-            file.close()
-        self._files.clear()
+        with self._lock:
+            for file in self._files.values():
+                file.close()
+            self._files.clear()
 
     def read_class(self, class_id: int, rows: Iterable[int] | None = None) -> np.ndarray:
         """uint8 [rows, H, W, C] of one class: all its examples, or those with the given numbers, in order.

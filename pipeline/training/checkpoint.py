@@ -27,6 +27,8 @@ from pipeline.errors import DataError
 from pipeline.training.outer import Plateau
 from pipeline.types import MetaState
 
+STEP_NAME = re.compile(r"step-[0-9]{8}")  # exactly: a user's step-00000100.bak is none of ours
+
 
 @dataclass
 class Best:
@@ -63,7 +65,7 @@ class CheckpointStore:
     def steps(self) -> list[int]:
         """The steps whose checkpoints are whole, ascending."""
         names = [path.name for path in self.folder.glob("step-*") if path.is_dir()]
-        return sorted(int(name.removeprefix("step-")) for name in names if re.fullmatch(r"step-\d{8}", name))
+        return sorted(int(name.removeprefix("step-")) for name in names if STEP_NAME.fullmatch(name))
 
     def path(self, step: int) -> Path:
         return self.folder / f"step-{step:08d}"
@@ -82,9 +84,12 @@ class CheckpointStore:
         """The content of a checkpoint's meta.json. Raises DataError: missing or damaged, with its path."""
         path = self.path(step) / "meta.json"
         try:
-            return json.loads(path.read_text())
+            content = json.loads(path.read_text(encoding="utf-8"))
+            if not isinstance(content, dict) or not content.keys() >= {"best_step", "sha256"}:
+                raise ValueError("not the content of a checkpoint's meta.json")
         except (OSError, ValueError) as error:
             raise DataError(f"{path}: cannot be read ({error}). Remove {path.parent} to go on without it.") from error
+        return content
 
     def save(self, state: TrainState, *, data_digest: str) -> Path:
         """Write the state's checkpoint and drop the ones that are neither the latest nor the best."""
@@ -104,10 +109,7 @@ class CheckpointStore:
                 "skipped": state.skipped,
                 "skipped_in_a_row": state.skipped_in_a_row,
             }
-            with (staging / "state.pt").open("wb") as stream:
-                torch.save(content, stream)
-                stream.flush()
-                os.fsync(stream.fileno())
+            torch.save(content, staging / "state.pt")
             meta = {
                 "step": state.step,
                 "best_step": state.best.step,
@@ -115,17 +117,14 @@ class CheckpointStore:
                 "data_digest": data_digest,
                 "sha256": hashlib.sha256((staging / "state.pt").read_bytes()).hexdigest(),
             }
-            with (staging / "meta.json").open("w") as text:
-                text.write(json.dumps(meta, indent=1) + "\n")
-                text.flush()
-                os.fsync(text.fileno())
+            (staging / "meta.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
+            for written in (staging / "state.pt", staging / "meta.json", staging):
+                _sync(written)
             final = self.path(state.step)
             if final.exists():
                 shutil.rmtree(final)
             os.rename(staging, final)
-            descriptor = os.open(self.folder, os.O_RDONLY)
-            os.fsync(descriptor)  # the rename too survives a power cut
-            os.close(descriptor)
+            _sync(self.folder)  # the rename too survives a power cut
         except BaseException:
             shutil.rmtree(staging, ignore_errors=True)
             raise
@@ -164,3 +163,11 @@ class CheckpointStore:
         state.best = Best(**content["best"])
         state.skipped = content["skipped"]
         state.skipped_in_a_row = content["skipped_in_a_row"]
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

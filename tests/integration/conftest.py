@@ -73,11 +73,11 @@ def pictures(image_data: Path, tmp_path_factory: pytest.TempPathFactory) -> tupl
             images = reader.read_class(class_id)[..., 0]
             (folder / "support" / f"kind{number}").mkdir(parents=True)
             (folder / "query").mkdir(exist_ok=True)
-            _save(images[0], folder / "support" / f"kind{number}" / "a.png", size=28, invert=False)
-            _save(images[1], folder / "support" / f"kind{number}" / "b.jpg", size=112, invert=False)
-            _save(images[2], folder / "query" / f"kind{number}.png", size=56, invert=False)
+            _save(images[0], folder / "support" / f"kind{number}" / "a.png", size=28)
+            _save(images[1], folder / "support" / f"kind{number}" / "b.jpg", size=112)
+            _save(images[2], folder / "query" / f"kind{number}.png", size=56)
     return folder / "support", folder / "query"
 
 
-def _save(image: np.ndarray, file: Path, *, size: int, invert: bool) -> None:
-    Image.fromarray(255 - image if invert else image).resize((size, size), Image.Resampling.NEAREST).save(file)
+def _save(image: np.ndarray, file: Path, *, size: int) -> None:
+    Image.fromarray(image).resize((size, size), Image.Resampling.NEAREST).save(file)

@@ -206,6 +206,38 @@ def test_an_unfinished_run_that_changed_is_refused(metapipe: Metapipe, home: Pat
     assert fresh.json["run"].endswith("sinusoid/002")
 
 
+def test_a_gpu_that_is_not_there_is_told_before_ray_starts(metapipe: Metapipe, tmp_path: Path) -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a CUDA device")
+    answer = metapipe(
+        "train", sinusoid_config(tmp_path), "--set", "training.backend=ray", "--set", "training.use_gpu=true"
+    )
+    refused(answer, "training.use_gpu", "no CUDA device")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_data_set_of_another_size_is_not_reused(
+    metapipe: Metapipe, pictures: tuple[Path, Path], tmp_path: Path
+) -> None:
+    arguments = ("data", "prepare", "images", "--source", pictures[0], "--out", tmp_path / "mine", "--reuse")
+    assert metapipe(*arguments).code == 0
+    refused(metapipe(*arguments, "--size", 32), "size 28 and not 32", "--overwrite")
+
+
+def test_labels_that_look_like_markup(
+    metapipe: Metapipe, trained: Outcome, pictures: tuple[Path, Path], tmp_path: Path
+) -> None:
+    import shutil
+
+    for name, new in (("kind0", "[red]x"), ("kind1", "[bold]")):
+        shutil.copytree(pictures[0] / name, tmp_path / "support" / new)
+    answer = metapipe("adapt", CHAMPION, "--support", tmp_path / "support", "--query", pictures[1])
+    assert answer.code == 0, answer.err
+    assert "[red]x" in answer.out
+
+
 def test_debug_shows_the_traceback(metapipe: Metapipe, tmp_path: Path) -> None:
     from pipeline.errors import ConfigError
 

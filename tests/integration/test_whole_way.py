@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import subprocess
@@ -20,7 +22,8 @@ import pytest
 import torch
 
 from pipeline import launch, runs, serving, workflow
-from pipeline.errors import DataError, TrackingError
+from pipeline.datasets.source import RawClass
+from pipeline.errors import DataError, TrackingError, TrainingStopped
 from pipeline.experiment import check_fits
 from pipeline.tasks import shards
 from pipeline.training import journal
@@ -73,6 +76,9 @@ def test_the_run_is_in_mlflow_with_every_step(trained: Outcome, image_data: Path
     assert run.data.params["algorithm.inner_lr"] == "0.4"
     digest = shards.read_manifest(image_data).digest
     assert run.data.tags["data_digest"] == digest
+    if (Path(__file__).resolve().parents[2] / ".git").exists():
+        assert len(run.data.tags["mlflow.source.git.commit"]) == 40
+    assert any(name.startswith("system/cpu") for name in run.data.metrics)
     assert [d.dataset.digest for d in run.inputs.dataset_inputs] == [digest[:36]]
     for metric in ("meta_loss", "train_accuracy", "outer_lr", "tasks_per_second"):
         history = client.get_metric_history(trained.mlflow_run_id, metric)
@@ -246,7 +252,10 @@ def test_a_real_mlflow_server(home: Path, image_data: Path, tmp_path: Path, monk
     with server(command, f"{url}/health", env):
         monkeypatch.setenv("MLFLOW_TRACKING_URI", url)
         exp = images_experiment(tmp_path, image_data, backend="local", num_workers=1)
-        outcome = workflow.train(exp, say=lambda _: None)
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            outcome = workflow.train(exp, say=lambda _: None)
+        assert printed.getvalue() == ""  # standard output is for results
         assert outcome.registration is not None
         assert outcome.registration.decision.promote
         learner = serving.load(CHAMPION)
@@ -309,6 +318,105 @@ def test_killed_and_run_again_goes_on_in_the_same_mlflow_run(home: Path, image_d
     history = mlflow.MlflowClient().get_metric_history(run_id, "meta_loss")
     assert sorted(m.step for m in history) == list(range(1, 81))
     assert mlflow.MlflowClient().get_run(run_id).info.status == "FINISHED"
+
+
+@pytest.mark.parametrize("backend", ["local", "processes"])
+def test_an_interrupt_ends_everything_and_says_how_to_go_on(
+    backend: str, home: Path, image_data: Path, tmp_path: Path
+) -> None:
+    """SIGINT to the whole process group, as Ctrl-C sends it."""
+    import yaml
+
+    workers = 1 if backend == "local" else 2
+    exp = images_experiment(tmp_path, image_data, backend=backend, num_workers=workers, steps=100_000)
+    config = tmp_path / "experiment.yaml"
+    config.write_text(yaml.safe_dump(exp.to_dict()))
+    command = [sys.executable, "-m", "jobs.train", str(config)]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    run = runs.RunFolder(tmp_path / "runs" / "tiny" / "001")
+    deadline = time.monotonic() + 120
+    while run.checkpoints.latest() is None:
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.killpg(process.pid, 2)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "goes on from its last checkpoint" in " ".join(errors.split())
+    assert "Traceback" not in errors
+    assert mlflow.MlflowClient().get_run(run.read()["mlflow_run_id"]).info.status == "KILLED"
+
+
+def test_a_run_that_stops_early_keeps_its_metrics(home: Path, image_data: Path, tmp_path: Path) -> None:
+    exp = images_experiment(tmp_path, image_data, backend="local", num_workers=1, max_nonfinite_steps=3)
+    exp = exp.model_copy(update={"algorithm": exp.algorithm.model_copy(update={"inner_lr": 1e30})})
+    with pytest.raises(TrainingStopped, match="not finite 3 times in a row"):
+        workflow.train(exp, say=lambda _: None)
+    run_id = runs.RunFolder(tmp_path / "runs" / "tiny" / "001").read()["mlflow_run_id"]
+    client = mlflow.MlflowClient()
+    assert [m.value for m in client.get_metric_history(run_id, "skipped_steps")] == [1, 2, 3]
+    assert client.get_run(run_id).info.status == "FAILED"
+
+
+def test_a_run_that_stops_early_under_ray(ray_cluster: None, home: Path, image_data: Path, tmp_path: Path) -> None:
+    exp = images_experiment(tmp_path, image_data, max_nonfinite_steps=3)
+    exp = exp.model_copy(update={"algorithm": exp.algorithm.model_copy(update={"inner_lr": 1e30})})
+    run, _ = runs.open_run(exp, data_digest=check_fits(exp))
+    with pytest.raises(TrainingStopped, match="not finite 3 times in a row"):
+        launch.run_workers(exp, run)
+
+
+def test_classes_that_were_trained_on_are_not_tested_on(trained: Outcome, image_data: Path, tmp_path: Path) -> None:
+    """The same pictures under another class split."""
+    manifest = shards.read_manifest(image_data)
+    names = [entry.name for entry in manifest.classes]
+    other = {name: manifest.classes[i - 1].splits["random"] for i, name in enumerate(names)}
+    with shards.ShardReader(image_data, manifest) as reader:
+        classes = [RawClass(e.name, e.group, reader.read_class(i)) for i, e in enumerate(manifest.classes)]
+    preprocessing = manifest.preprocessing
+    shards.write(tmp_path / "other", classes, splits={"random": other}, source={}, preprocessing=preprocessing)
+    learner = serving.load(CHAMPION)
+    with pytest.raises(DataError, match="was trained on 8 of the 8 meta_test classes"):
+        workflow.evaluate_model(learner, data=tmp_path / "other", episodes=4)
+    assert not workflow.evaluate_model(
+        learner, data=tmp_path / "other", part="meta_train", episodes=4
+    ).trained_on_this_data
+
+
+def test_a_users_own_network_in_the_current_folder(home: Path, image_data: Path, tmp_path: Path) -> None:
+    """From the console script, and served by a process that has neither the file nor its folder on its path."""
+    import yaml
+
+    source = """
+from torch import nn
+def net(width):
+    return nn.Sequential(nn.Conv2d(1, width, 3, 4), nn.BatchNorm2d(width), nn.ReLU(), nn.Dropout(0.5), nn.Flatten(),
+                         nn.Linear(49 * width, 4))
+"""
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work" / "my_nets_of_a_test.py").write_text(source)
+    exp = images_experiment(tmp_path, image_data, backend="processes", steps=4, validate_every=2).to_dict()
+    exp["model"] = {"name": "module", "factory": "my_nets_of_a_test:net", "arguments": {"width": 4}}
+    config = tmp_path / "experiment.yaml"
+    config.write_text(yaml.safe_dump({**exp, "name": "own-network"}))
+    command = [str(Path(sys.executable).with_name("metapipe")), "train", str(config), "--json"]
+    done = subprocess.run(command, cwd=tmp_path / "work", capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["registered"]["champion"]
+    program = """
+import mlflow, numpy as np
+model = mlflow.pyfunc.load_model("models:/own-network@champion")
+x = np.random.default_rng(0).random((4, 1, 28, 28), dtype=np.float32)
+inputs = {"support_x": x, "support_y": np.arange(4), "query_x": x}
+assert (model.predict(inputs) == model.predict(inputs)).all()
+from pipeline import serving
+serving.load("models:/own-network@champion").adapt(x, [0, 1, 2, 3])
+"""
+    (tmp_path / "work" / "my_nets_of_a_test.py").rename(tmp_path / "gone.py")
+    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
 
 
 def test_registering_a_run_with_another_tracking_store(

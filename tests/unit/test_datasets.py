@@ -13,13 +13,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
+from jobs import data
 from pipeline.datasets.image_folder import ImageFolder, class_folders
 from pipeline.datasets.omniglot import BACKGROUND, EVALUATION, Omniglot
 from pipeline.datasets.prepare import prepare
 from pipeline.datasets.preprocessing import Preprocessing, open_picture
 from pipeline.datasets.source import RawClass
 from pipeline.datasets.splits import group_split, random_split, shuffled
-from pipeline.errors import DataError
+from pipeline.errors import ConfigError, DataError
 from pipeline.tasks import shards
 
 # --- splits
@@ -435,7 +436,6 @@ def picture_folders(root: Path, names: list[str], count: int = 3) -> Path:
 def test_one_level_of_folders(tmp_path: Path) -> None:
     names = [f"class{i}" for i in range(10)]
     source = ImageFolder(picture_folders(tmp_path / "mine", names), preprocessing=DRAWING)
-    (tmp_path / "mine" / "empty").mkdir()
     manifest, _ = prepare(source, tmp_path / "out", record={"name": "images"})
     assert [(c.name, c.group, c.count) for c in manifest.classes] == [(name, "all", 3) for name in names]
     assert manifest.splits == ["random"]
@@ -515,9 +515,53 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
         shards.write(tmp_path / "file" / "out", [], splits={}, source={}, preprocessing={})
 
 
-def test_a_class_folder_without_pictures_is_named(tmp_path: Path) -> None:
-    for name, file in (("a", "1.png"), ("b", "photo.heic")):
-        (tmp_path / name).mkdir()
+@pytest.mark.parametrize("name", ["b", "group/b"])
+@pytest.mark.parametrize("file", ["photo.heic", ".hidden.png", None])
+def test_a_class_folder_without_pictures_is_named(name: str, file: str | None, tmp_path: Path) -> None:
+    picture_folders(tmp_path, ["a", "group/a"])
+    (tmp_path / ".hidden").mkdir()
+    assert list(class_folders(tmp_path)) == ["a", "group/a"]
+    (tmp_path / name).mkdir()
+    if file is not None:
         (tmp_path / name / file).write_bytes(b"")
-    with pytest.raises(DataError, match=r"b: class b holds no picture \(\.png"):
+    with pytest.raises(DataError, match=rf"{name}: class {name} holds no picture \(\.png"):
         class_folders(tmp_path)
+
+
+# --- the command
+
+
+@pytest.mark.parametrize(
+    ("options", "differing"),
+    [
+        ({"source_name": data.SourceName.glyphs}, "name images and not glyphs"),
+        ({"size": 32}, "size 28 and not 32"),
+        ({"seed": 1, "size": 32}, "size 28 and not 32, seed 0 and not 1"),
+        ({"kind": data.Kind.photo}, "kind drawing and not photo"),
+    ],
+)
+def test_only_the_same_data_set_is_reused(
+    options: dict[str, Any], differing: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    data.prepare(data.SourceName.images, source=picture_folders(tmp_path / "mine", ["a", "b", "c"]), out=out)
+    data.prepare(data.SourceName.images, out=out, reuse=True)
+    assert "already there, verified" in " ".join(capsys.readouterr().out.split())
+    with pytest.raises(ConfigError, match=rf"out: was prepared with .*{differing}\. Use --overwrite, or another --out"):
+        data.prepare(**{"source_name": data.SourceName.images, "out": out, "reuse": True, **options})
+    (out / "shards" / "00000.parquet").unlink()
+    with pytest.raises(DataError, match="is missing"):
+        data.prepare(data.SourceName.images, out=out, reuse=True)
+
+
+def test_names_that_look_like_markup(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`[/b]` alone would be an error of rich; `[red]x` would lose its brackets."""
+    names = ["[/b]", "[red]x", "[bold]y"]  # the first is a class in a group
+    out = tmp_path / "[red]out" / "[/b]"
+    data.prepare(data.SourceName.images, source=picture_folders(tmp_path / "mine", names), out=out)
+    data.verify(out)
+    data.show(out, n_way=2, episodes=1, out=(picture := tmp_path / "[/i].png"))
+    printed = "".join(capsys.readouterr().out.split())  # lines are broken at the console's width
+    assert printed.count(f"{out}:") == 3
+    assert f"episodes:{picture}" in printed
+    assert picture.is_file()
