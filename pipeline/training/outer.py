@@ -41,7 +41,8 @@ def make_optimizer(config: OuterConfig, params: Params) -> torch.optim.Optimizer
 
 @dataclass
 class Plateau:
-    """Reduce-on-plateau: the scale halves (`plateau_factor`) after `patience` validations without a new best."""
+    """Reduce-on-plateau: the rate is multiplied by `plateau_factor` after more than `plateau_patience` validations
+    in a row without a new best."""
 
     scale: float = 1.0
     bad_validations: int = 0

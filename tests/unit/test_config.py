@@ -1,6 +1,7 @@
 """Configuration: what is accepted, and that each refusal names the file, the key and what to do."""
 
 import copy
+import re
 from pathlib import Path
 from typing import Any, Literal
 
@@ -343,3 +344,13 @@ def test_differences_show_both_values() -> None:
     old = {"training": {"steps": 5, "outer": {"outer_lr": 0.1}}, "same": 1, "gone": 2}
     new = {"training": {"steps": 6, "outer": {"outer_lr": 0.1}}, "same": 1, "come": [1]}
     assert differences(old, new) == ["come: (absent) -> [1]", "gone: 2 -> (absent)", "training.steps: 5 -> 6"]
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("**/*.yaml")), ids=lambda p: p.stem)
+def test_shipped_configurations_are_records(path: Path) -> None:
+    """A header with command, hardware, time and expected result, with nothing left to fill in."""
+    header = [line for line in path.read_text().splitlines() if line.startswith("#")]
+    text = "\n".join(header)
+    assert [word for word in ("command", "hardware", "time", "expected") if f"#   {word}" not in text] == []
+    for document in (text, (CONFIGS.parent / "README.md").read_text()):
+        assert not re.search(r"\b(TODO|EXPECTED|(DEMO|OMNI|SIN)_[A-Z0-9]+)\b", document)

@@ -32,7 +32,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 LIBRARY_OF: dict[str, set[str]] = {
     "ray": {"pipeline.launch", "pipeline.training.context"},
     "mlflow": {"pipeline.tracking", "pipeline.serving", "pipeline.served_model"},
-    "pyarrow": {"pipeline.tasks.shards", "pipeline.storage", "pipeline.tracking", "pipeline.results"},
+    "pyarrow": {"pipeline.tasks.shards", "pipeline.storage"},
 }
 
 ONLY_INSIDE_FUNCTIONS = {("pipeline.training.context", "ray"), ("pipeline.launch", "ray")}  # slow to import
