@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import fcntl
 import json
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +23,7 @@ import yaml
 from pipeline import config, experiment
 from pipeline.errors import ConfigError, DataError
 from pipeline.experiment import Experiment
+from pipeline.files import write_atomically
 from pipeline.training.checkpoint import CheckpointStore
 
 RUN_FILE, CONFIG_FILE, JOURNAL_FILE = "run.json", "config.yaml", "metrics.jsonl"
@@ -54,7 +54,7 @@ class RunFolder:
     def update(self, **values: Any) -> dict[str, Any]:
         """Change entries of run.json, atomically."""
         content = {**self.read(), **values} if (self.path / RUN_FILE).exists() else values
-        _write_atomically(self.path / RUN_FILE, json.dumps(content, indent=1) + "\n")
+        write_atomically(self.path / RUN_FILE, json.dumps(content, indent=1) + "\n")
         return content
 
     @property
@@ -117,7 +117,7 @@ def open_run(exp: Experiment, *, data_digest: str, fresh: bool = False) -> tuple
     run = RunFolder(parent / f"{last.number + 1 if last else 1:03d}")
     run.path.mkdir(parents=True, exist_ok=True)  # there already if a start was killed before run.json was written
     text = yaml.safe_dump(exp.to_dict(), sort_keys=False, allow_unicode=True)
-    _write_atomically(run.path / CONFIG_FILE, text)
+    write_atomically(run.path / CONFIG_FILE, text)
     run.update(status="running", name=exp.name, data_digest=data_digest)
     return run, False
 
@@ -144,12 +144,3 @@ def _comparable(exp: Experiment) -> dict[str, Any]:
     content = exp.to_dict()
     del content["tracking"]  # where results go changes none of them
     return content
-
-
-def _write_atomically(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as stream:
-        stream.write(text)
-        stream.flush()
-        os.fsync(stream.fileno())
-    os.replace(partial, path)

@@ -38,6 +38,7 @@ from pydantic import Field, field_validator, model_validator
 from pipeline.config import Section, validate
 from pipeline.datasets.source import RawClass
 from pipeline.errors import ConfigError, DataError
+from pipeline.files import sync
 from pipeline.types import Split
 
 FORMAT_VERSION = 1
@@ -178,7 +179,7 @@ def write(
         content["preprocessing"] = dict(preprocessing)
         manifest = _write_manifest(staging, content)
         for file in [*files, staging / MANIFEST]:
-            _sync(file)
+            sync(file)
         _replace_folder(staging, out)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
@@ -344,15 +345,7 @@ def _replace_folder(staging: Path, out: Path) -> None:
         shutil.rmtree(old.parent, ignore_errors=True)
     else:
         os.rename(staging, out)
-    _sync(out.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(out.parent)
 
 
 def _pixels_sha256(images: np.ndarray) -> str:

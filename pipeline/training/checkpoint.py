@@ -24,6 +24,7 @@ from typing import Any
 import torch
 
 from pipeline.errors import DataError
+from pipeline.files import sync
 from pipeline.training.outer import Plateau
 from pipeline.types import MetaState
 
@@ -119,12 +120,12 @@ class CheckpointStore:
             }
             (staging / "meta.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
             for written in (staging / "state.pt", staging / "meta.json", staging):
-                _sync(written)
+                sync(written)
             final = self.path(state.step)
             if final.exists():
                 shutil.rmtree(final)
             os.rename(staging, final)
-            _sync(self.folder)  # the rename too survives a power cut
+            sync(self.folder)  # the rename too survives a power cut
         except BaseException:
             shutil.rmtree(staging, ignore_errors=True)
             raise
@@ -163,11 +164,3 @@ class CheckpointStore:
         state.best = Best(**content["best"])
         state.skipped = content["skipped"]
         state.skipped_in_a_row = content["skipped_in_a_row"]
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -12,6 +12,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from pipeline.files import write_atomically
+
 FLUSH_SECONDS = 0.5
 
 
@@ -24,9 +26,7 @@ class JournalWriter:
     def __init__(self, path: Path, *, resume_step: int) -> None:
         """Keeps the records up to `resume_step` and drops the rest (and a line cut short by a kill)."""
         records = [record for record in read(path) if record["step"] <= resume_step]
-        partial = path.with_name(f".{path.name}.partial")
-        partial.write_text("".join(json.dumps(record) + "\n" for record in records))
-        os.replace(partial, path)
+        write_atomically(path, "".join(json.dumps(record) + "\n" for record in records))
         self._stream = path.open("a")
         self._flushed = time.monotonic()
 
