@@ -556,9 +556,10 @@ def test_only_the_same_data_set_is_reused(
 
 def test_names_that_look_like_markup(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """`[/b]` alone would be an error of rich; `[red]x` would lose its brackets."""
-    names = ["[/b]", "[red]x", "[bold]y"]  # the first is a class in a group
+    names = ["[/b]", "[red]x", "[bold]y", *(f"[/i]{i}" for i in range(27))]  # the first is a class in a group
     out = tmp_path / "[red]out" / "[/b]"
-    data.prepare(data.SourceName.images, source=picture_folders(tmp_path / "mine", names), out=out)
+    source = picture_folders(tmp_path / "mine", names, count=5)
+    data.prepare(data.SourceName.images, source=source, out=out)
     data.verify(out)
     data.show(out, n_way=2, episodes=1, out=(picture := tmp_path / "[/i].png"))
     printed = "".join(capsys.readouterr().out.split())  # lines are broken at the console's width
