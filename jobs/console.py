@@ -1,6 +1,6 @@
 """What every job shares: the console, JSON output, and errors as one paragraph with an exit code.
 
-Exit codes: 0 done · 1 a defect of ours · 2 bad input · 3 training stopped early · 130 interrupted.
+Exit codes: 0 done · 1 our defect · 2 bad input · 3 training stopped early · 130, 143 interrupted (SIGINT, SIGTERM).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-INTERRUPTED = 130  # as shells have it
+INTERRUPTED = 128  # plus the signal's number, as shells have it
 DEBUG_FLAG, DEBUG_VARIABLE = "--debug", "METAPIPE_DEBUG"
 
 out = Console()
@@ -61,16 +61,16 @@ def run(app: typer.Typer) -> None:
         logging.getLogger("py.warnings").propagate = False
     from pipeline.errors import Interrupted, UserError
 
-    def interrupt(*_: object) -> None:
-        raise Interrupted  # Typer would swallow a KeyboardInterrupt
+    def interrupt(number: int, _: object) -> None:
+        raise Interrupted(number)  # Typer would swallow a KeyboardInterrupt
 
     signals = (signal.SIGINT, signal.SIGTERM)
     handlers = [signal.signal(number, interrupt) for number in signals]
     try:
         app()
-    except Interrupted:
+    except Interrupted as interruption:
         err.print("Interrupted. An unfinished run goes on from its last checkpoint when the same command is run again.")
-        sys.exit(INTERRUPTED)
+        sys.exit(INTERRUPTED + interruption.signal_number)
     except Exception as error:
         if debug:
             raise

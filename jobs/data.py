@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 app = console.new_app(help="Prepare data sets as Parquet shards, check them, look at them.", no_args_is_help=True)
 
-Folder = Annotated[Path, typer.Argument(help="Folder of a prepared data set (it holds dataset.json).")]
+Folder = Annotated[str, typer.Argument(help="Folder of a prepared data set (it holds dataset.json), or s3://…")]
 
 
 class SourceName(StrEnum):
@@ -44,7 +44,7 @@ def prepare(
             "archives. images: your own pictures, SOURCE/CLASS/* or SOURCE/GROUP/CLASS/*.",
         ),
     ],
-    out: Annotated[Path, typer.Option(help="Folder to write; it appears whole or not at all.")],
+    out: Annotated[str, typer.Option(help="Folder to write, or s3://…; it appears whole or not at all.")],
     source: Annotated[
         Path | None, typer.Option(help="Folder of the raw data (archives or extracted; omniglot and images).")
     ] = None,
@@ -58,12 +58,14 @@ def prepare(
 ) -> None:
     """Turn raw data into Parquet shards and a manifest (dataset.json) that fixes the class splits."""
     from pipeline.datasets.prepare import prepare as write_data_set
+    from pipeline.storage import location
     from pipeline.tasks import shards
 
     record: dict[str, Any] = {"name": source_name.value, "size": size, "seed": seed}
     if source_name is SourceName.images:
         record["kind"] = kind.value  # the other sources are drawings whatever it says
-    if reuse and (out / shards.MANIFEST).exists():
+    place = location(out)
+    if reuse and (place / shards.MANIFEST).exists():
         manifest = shards.read_manifest(out)
         _check_same(out, manifest, record)
         shards.verify(out, manifest)
@@ -85,7 +87,7 @@ def prepare(
     console.emit(_summary(out, manifest), as_json=json, show=lambda: _show(out, manifest))
 
 
-def _check_same(out: Path, manifest: Manifest, record: dict[str, Any]) -> None:
+def _check_same(out: str, manifest: Manifest, record: dict[str, Any]) -> None:
     """Raises ConfigError: a data set prepared with other options stands at `out`; names those that differ."""
     from pipeline.errors import ConfigError
 
@@ -95,7 +97,7 @@ def _check_same(out: Path, manifest: Manifest, record: dict[str, Any]) -> None:
 
 
 def _source(
-    name: SourceName, folder: Path | None, *, download: bool, size: int, kind: Kind, seed: int, out: Path
+    name: SourceName, folder: Path | None, *, download: bool, size: int, kind: Kind, seed: int, out: str
 ) -> Source:
     from pipeline.errors import ConfigError
 
@@ -107,7 +109,7 @@ def _source(
         from pipeline.datasets.omniglot import Omniglot
 
         if download:
-            return Omniglot.download(folder or out.parent / "raw", size=size)
+            return Omniglot.download(folder or _archives_beside(out), size=size)
         if folder is None:
             raise ConfigError("omniglot: give the folder of its archives with --source, or fetch them with --download.")
         return Omniglot(folder, size=size)
@@ -118,6 +120,13 @@ def _source(
         raise ConfigError("images: give the folder that holds a folder of pictures per class with --source.")
     preprocessing = Preprocessing(kind=kind.value, size=size, channels=3 if kind is Kind.photo else 1)
     return ImageFolder(folder, preprocessing=preprocessing)
+
+
+def _archives_beside(out: str) -> Path:
+    from pipeline.storage import location
+
+    place = location(out)
+    return place.parent / "raw" if isinstance(place, Path) else Path("data/raw")
 
 
 @app.command()
@@ -153,11 +162,12 @@ def show(
 
     from pipeline import pictures
     from pipeline.config import validate
+    from pipeline.storage import location
     from pipeline.tasks import shards
     from pipeline.tasks.images import ImagesConfig
 
     manifest = shards.read_manifest(folder)
-    file = out or Path(f"{folder.absolute().name}-episodes.png")
+    file = out or Path(f"{location(folder).absolute().name}-episodes.png")
     content = {
         "family": "images",
         "data": folder,
@@ -193,7 +203,7 @@ def _counts(manifest: Manifest) -> dict[str, dict[str, int]]:
     return {split: dict(Counter(entry.splits[split] for entry in manifest.classes)) for split in manifest.splits}
 
 
-def _summary(folder: Path, manifest: Manifest) -> dict[str, Any]:
+def _summary(folder: str, manifest: Manifest) -> dict[str, Any]:
     return {
         "data": str(folder),
         "digest": manifest.digest,
@@ -210,7 +220,7 @@ def _summary(folder: Path, manifest: Manifest) -> dict[str, Any]:
     }
 
 
-def _show(folder: Path, manifest: Manifest, *, reused: bool = False) -> None:
+def _show(folder: str, manifest: Manifest, *, reused: bool = False) -> None:
     height, width, channels = manifest.shape
     console.out.print(
         f"[bold]{escape(str(folder))}[/]{' (already there, verified)' if reused else ''}: {len(manifest.classes)} "

@@ -20,7 +20,7 @@ Model = Annotated[str, typer.Argument(help="models:/NAME@champion, models:/NAME/
 
 def evaluate(
     model: Model,
-    data: Annotated[Path | None, typer.Option(help="Prepared data set; default: the one it was trained on.")] = None,
+    data: Annotated[str | None, typer.Option(help="Prepared data set; default: the one it was trained on.")] = None,
     class_split: Annotated[str | None, typer.Option(help="Class split of the data set; default: training's.")] = None,
     part: Annotated[str, typer.Option(help="meta_test, meta_val or meta_train.")] = "meta_test",
     episodes: Annotated[int, typer.Option(min=2)] = 1000,
@@ -35,12 +35,13 @@ def evaluate(
     json: console.Json = False,
 ) -> None:
     """Mean and 95 % interval over episodes, inductive and transductive, after 0…k adaptation steps."""
-    from pipeline import serving, storage, workflow
+    from pipeline import results, serving, workflow
+    from pipeline.storage import absolute
     from pipeline.training.evaluate import TEST_SEED
 
     result = workflow.evaluate_model(
         serving.load(model),
-        data=data.absolute() if data else None,
+        data=absolute(data) if data else None,
         class_split=class_split,
         part=part_of_split(part),
         episodes=episodes,
@@ -51,7 +52,7 @@ def evaluate(
         baselines=baselines,
     )
     if out:
-        storage.write_results(result.evaluation, out)
+        results.write(result.evaluation, out)
     console.emit(_result(model, result), as_json=json, show=lambda: _show(model, result, out))
 
 

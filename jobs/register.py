@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -12,7 +11,7 @@ from jobs.train import registration_result, show_registration
 
 
 def register(
-    run: Annotated[Path, typer.Argument(help="Folder of a finished run: runs/NAME/001, or runs/NAME for the last.")],
+    run: Annotated[str, typer.Argument(help="Folder of a finished run: runs/NAME/001, or runs/NAME for the last.")],
     json: console.Json = False,
 ) -> None:
     """Register a run's best checkpoint as candidate; it becomes champion if it beats the present one.

@@ -10,13 +10,13 @@ import difflib
 import functools
 import operator
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from pipeline.errors import ConfigError
+from pipeline.storage import Location, location
 
 
 class Section(BaseModel):
@@ -35,12 +35,12 @@ def one_of(sections: Sequence[type[Section]], key: str) -> Any:
     return Annotated[functools.reduce(operator.or_, sections), Field(discriminator=key)]
 
 
-def read_yaml(path: str | Path) -> dict[str, Any]:
+def read_yaml(path: str | Location) -> dict[str, Any]:
     """The mapping in a YAML file.
 
     Raises ConfigError: no such file, not YAML, or not a mapping of keys to values.
     """
-    path = Path(path)
+    path = location(path)
     try:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:

@@ -1,5 +1,7 @@
 """Errors that are the user's to mend: each message names the file, key or value and what to do."""
 
+import signal
+
 
 class UserError(Exception):
     """Bad input. The command line prints the message as one paragraph, no traceback, and exits with `exit_code`."""
@@ -8,7 +10,11 @@ class UserError(Exception):
 
 
 class Interrupted(BaseException):
-    """SIGINT or SIGTERM. Not an Exception, so that nothing on the way takes it for a failure."""
+    """SIGINT or SIGTERM (`signal_number`). Not an Exception, so that nothing on the way takes it for a failure."""
+
+    def __init__(self, signal_number: int = signal.SIGINT) -> None:
+        super().__init__(signal_number)
+        self.signal_number = signal_number
 
 
 class ConfigError(UserError):
@@ -27,3 +33,11 @@ class TrainingStopped(UserError):
     """Training ended early for a reason that a rerun of the same command will not mend by itself."""
 
     exit_code = 3
+
+
+class StopRequested(TrainingStopped):
+    """Training ended early because it was asked to, after a checkpoint at the step it had reached."""
+
+
+class WorkerLost(TrainingStopped):
+    """A worker process died; starting the workers again goes on from the last checkpoint."""

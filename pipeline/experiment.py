@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from pipeline import config
 from pipeline.algorithms import ALGORITHMS
 from pipeline.config import Section
 from pipeline.errors import ConfigError
 from pipeline.models import MODELS
+from pipeline.storage import Address
 from pipeline.tasks import TASK_FAMILIES
 from pipeline.training.outer import OuterConfig
 from pipeline.types import Algorithm, TaskFamily, TaskModel
@@ -41,21 +42,42 @@ class TrainingConfig(Section):
     # tasks adapted at once; bounds memory. None: what was measured fastest on CPU, the whole share on a GPU
     dtype: Literal["float32", "float64"] = "float32"
     backend: Literal["ray", "processes", "local"] = "ray"  # processes: gloo without Ray; local: in this process
-    num_workers: int = Field(default=1, ge=1)
+    num_workers: int | tuple[int, int] = 1  # or [fewest, most]: as many as there is room for, changing as it does
+    resize_seconds: float = Field(default=60.0, gt=0)  # between looks at whether there is room for more workers (ray)
     cpus_per_worker: int = Field(default=1, ge=1)  # threads too: one thread per process is fastest on CPU
     use_gpu: bool = False  # one GPU per worker
-    max_failures: int = Field(default=3, ge=0)  # restarts of the worker group after a lost worker (ray)
+    max_failures: int = Field(default=3, ge=0)  # restarts of the worker group after a lost worker
+
+    @field_validator("num_workers", mode="plain")
+    @classmethod
+    def _a_number_or_a_range(cls, value: Any) -> int | tuple[int, int]:
+        numbers = list(value) if isinstance(value, list | tuple) else [value]
+        if not all(type(number) is int and number >= 1 for number in numbers):
+            raise ValueError("should be a whole number of at least 1, or two of them: [fewest, most]")
+        if len(numbers) == 1 and not isinstance(value, list | tuple):
+            return value
+        if len(numbers) != 2 or numbers[0] > numbers[1]:
+            raise ValueError("should be two numbers, [fewest, most]")
+        return (numbers[0], numbers[1])
 
     @model_validator(mode="after")
     def _every_worker_has_a_slot(self) -> TrainingConfig:
-        if self.num_workers > self.meta_batch_size:
+        if self.max_workers > self.meta_batch_size:
             raise ValueError(
-                f"num_workers ({self.num_workers}) is more than meta_batch_size ({self.meta_batch_size}): some workers "
+                f"num_workers ({self.max_workers}) is more than meta_batch_size ({self.meta_batch_size}): some workers "
                 "would have no task"
             )
-        if self.backend == "local" and self.num_workers > 1:
-            raise ValueError(f"backend local has one worker, num_workers is {self.num_workers}: use ray or processes")
+        if self.backend == "local" and self.max_workers > 1:
+            raise ValueError(f"backend local has one worker, num_workers is {self.max_workers}: use ray or processes")
         return self
+
+    @property
+    def min_workers(self) -> int:
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[0]
+
+    @property
+    def max_workers(self) -> int:
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[1]
 
 
 class EvaluationConfig(Section):
@@ -70,7 +92,7 @@ class EvaluationConfig(Section):
 class TrackingConfig(Section):
     """Where results go."""
 
-    runs: Path = Path("runs")  # folder of run directories: checkpoints, metrics, results
+    runs: Address = "runs"  # folder of run directories (checkpoints, metrics, results), or s3://…, gs://…
     experiment: str = "metapipe"  # MLflow experiment
     register_model: bool = True  # register the best checkpoint and promote it if it beats the champion
 
@@ -88,7 +110,7 @@ class Experiment(Section):
     tracking: TrackingConfig = TrackingConfig()
 
     def absolute(self) -> Experiment:
-        """With absolute paths: workers run in another folder."""
+        """With absolute paths: workers run in another folder. Raises ConfigError: see `storage.location`."""
         sections = {"task": self.task, "model": self.model}
         changes = {k: section.absolute() for k, section in sections.items() if hasattr(section, "absolute")}
         return self.model_copy(update=changes)

@@ -15,10 +15,14 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replace a text file: a reader sees the old content or the new one."""
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Replace a file: a reader sees the old content or the new one."""
     partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    sync(partial)
-    os.replace(partial, path)
+    try:
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+        sync(partial)
+        os.replace(partial, path)
+    except OSError:  # a full disk gets its room back
+        partial.unlink(missing_ok=True)
+        raise
     sync(path.parent)

@@ -5,37 +5,73 @@ from __future__ import annotations
 import logging
 import os
 import secrets
-import signal
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pipeline.errors import ConfigError, Interrupted, TrainingStopped, UserError
-from pipeline.experiment import Experiment
-from pipeline.runs import RunFolder
-from pipeline.training.context import LocalContext, RayContext, run_processes
+from pipeline import errors
+from pipeline.errors import ConfigError, Interrupted, StopRequested, TrainingStopped, UserError, WorkerLost
+from pipeline.experiment import Experiment, TrainingConfig
+from pipeline.runs import STOP_FILE, RunFolder
+from pipeline.training.context import PROCESS_TIMEOUT, LocalContext, RayContext, StopSignals, run_processes
 from pipeline.training.loop import train, train_worker
+
+if TYPE_CHECKING:
+    from ray.train.torch import TorchTrainer
+
+AUTOSCALING_VARIABLE = "METAPIPE_AUTOSCALING"  # the cluster adds nodes on demand: do not refuse what it has no room for
+SIGNAL_SECONDS = 0.5
 
 
 def run_workers(experiment: Experiment, run: RunFolder) -> None:
-    """Train `run` to its end with the experiment's backend.
+    """Train `run` to its end with the experiment's backend, starting lost workers again.
+
+    SIGTERM or SIGINT: the workers write a checkpoint and end; a second one ends them at once.
 
     Raises TrainingStopped: the run ended early; running the same command again goes on from its last checkpoint.
-    UserError of another kind: what a worker raised.
+    Interrupted: the same, after a signal. UserError of another kind: what a worker raised.
     """
+    run.clear_stop()
     training = experiment.training
     if training.backend == "local":
-        train(LocalContext("cuda" if training.use_gpu else "cpu"), experiment, run)
+        with StopSignals() as signals:
+            device = "cuda" if training.use_gpu else "cpu"
+            _until_interrupted(signals, lambda: train(LocalContext(device, signals=signals), experiment, run))
     elif training.backend == "processes":
-        arguments = (experiment.to_dict(), str(run.path))
-        run_processes(train_worker, *arguments, num_workers=training.num_workers, use_gpu=training.use_gpu)
+        _run_processes(experiment, run)
     else:
-        with ray_cluster(training.num_workers * training.cpus_per_worker):
+        with ray_cluster(training.min_workers * training.cpus_per_worker):
             _run_ray_train(experiment, run)
+
+
+def _until_interrupted(signals: StopSignals, work: Callable[[], None]) -> None:
+    """An end that a signal asked for is an interruption."""
+    try:
+        work()
+    except StopRequested:
+        if signals.received is None:
+            raise
+        raise Interrupted(signals.received) from None
+
+
+def _run_processes(experiment: Experiment, run: RunFolder) -> None:
+    training = experiment.training
+    room = (os.cpu_count() or 1) // training.cpus_per_worker
+    workers = min(training.max_workers, max(training.min_workers, room))
+    arguments = (experiment.to_dict(), str(run.path))
+    failures = 0
+    while True:
+        try:
+            run_processes(train_worker, *arguments, num_workers=workers, use_gpu=training.use_gpu)
+        except WorkerLost:
+            failures += 1
+            if failures > training.max_failures:
+                raise
+        else:
+            return
 
 
 @contextmanager
@@ -44,10 +80,12 @@ def ray_cluster(cpus: int) -> Iterator[None]:
 
     The private one has at least `cpus` CPU slots, listens on this machine only, asks for a random token, and ends
     with the block.
+
+    Raises ConfigError: no cluster answers at RAY_ADDRESS, or it refuses this process's token.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    private = "RAY_ADDRESS" not in os.environ
-    if private:
+    address = os.environ.get("RAY_ADDRESS")
+    if address is None:
         # otherwise Ray makes up a token and leaves it in the home folder
         os.environ.setdefault("RAY_AUTH_MODE", "token")
         os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
@@ -57,16 +95,17 @@ def ray_cluster(cpus: int) -> Iterator[None]:
         yield
         return
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    if private:
+    if address is None:
         slots = max(cpus, os.cpu_count() or 1)
         ray.init(address="local", num_cpus=slots, include_dashboard=False, **quiet)
     else:
         try:
-            ray.init(**quiet)
-        except (ConnectionError, RuntimeError, ValueError) as error:
+            ray.init(address=address, **quiet)
+        except (ConnectionError, RuntimeError, ValueError, ray.exceptions.RayError) as error:
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise ConfigError(
-                f"RAY_ADDRESS={os.environ['RAY_ADDRESS']}: no Ray cluster answers there ({error}). Start one, or unset "
-                "RAY_ADDRESS to use a private local one."
+                f"the Ray cluster at {address} cannot be joined ({reason}). Check --address or RAY_ADDRESS, and the "
+                "cluster's token in RAY_AUTH_TOKEN; without an address a private local cluster is used."
             ) from error
     try:
         yield
@@ -76,61 +115,113 @@ def ray_cluster(cpus: int) -> Iterator[None]:
 
 def _run_ray_train(experiment: Experiment, run: RunFolder) -> None:
     import ray.train
-    from ray.train import RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
+
+    _check_room(experiment)
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "120")
+    trainer = _trainer(experiment, run)
+    with StopSignals(run.request_stop) as signals, ThreadPoolExecutor(1, thread_name_prefix="ray-train") as pool:
+        # in a thread of its own: in the main one Ray would put its handler in the place of ours
+        fit = pool.submit(trainer.fit)
+        try:
+            _wait_for(fit)
+        except ray.train.TrainingFailedError as error:
+            raise _user_error(error, run) from error
+        except Interrupted:  # a second signal: do not wait for the thread, whose cluster is about to end
+            ray.shutdown()
+            raise
+        _until_interrupted(signals, lambda: _raise_noted(run))
+
+
+def _wait_for(fit: Future[Any]) -> None:
+    """Its result; waking up now and then lets the main thread handle signals."""
+    while True:
+        try:
+            fit.result(timeout=SIGNAL_SECONDS)
+            return
+        except TimeoutError:
+            if fit.done():  # a timeout of its own
+                raise
+
+
+def _trainer(experiment: Experiment, run: RunFolder) -> TorchTrainer:
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
 
     training = experiment.training
-    resources = {"CPU": float(training.cpus_per_worker), **({"GPU": 1.0} if training.use_gpu else {})}
-    available = ray.cluster_resources()
-    for resource, amount in resources.items():
-        if available.get(resource, 0) < amount * training.num_workers:  # Ray would wait for ever
-            raise ConfigError(
-                f"training.num_workers={training.num_workers} with {amount:g} {resource} each: the Ray cluster has "
-                f"only {available.get(resource, 0):g} {resource}. Lower num_workers, "
-                + ("or set use_gpu: false." if resource == "GPU" else "or cpus_per_worker.")
-            )
-    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "120")
     # Ray keeps its own notes in a folder that is new each time: resuming is ours, from the run's checkpoints
-    storage = run.path / "ray"
-    attempt = f"{len(list(storage.glob('*'))):03d}" if storage.exists() else "000"
-    trainer = TorchTrainer(
+    return TorchTrainer(
         _ray_worker,
         train_loop_config={"experiment": experiment.to_dict(), "run": str(run.path)},
-        scaling_config=ScalingConfig(
-            num_workers=training.num_workers, use_gpu=training.use_gpu, resources_per_worker=resources
+        scaling_config=ScalingConfig(  # type: ignore[call-arg]  # V2's, behind V1's stub
+            num_workers=training.num_workers,  # type: ignore[arg-type]
+            use_gpu=training.use_gpu,
+            resources_per_worker=_worker_resources(training),
+            elastic_resize_monitor_interval_s=training.resize_seconds,
         ),
         run_config=RunConfig(
-            name=attempt,
-            storage_path=str(storage),
-            failure_config=ray.train.FailureConfig(  # type: ignore[call-arg]  # V2's, behind V1's stub
+            name=secrets.token_hex(4),
+            storage_path=str(run.path / "ray"),
+            failure_config=FailureConfig(  # type: ignore[call-arg]  # V2's, behind V1's stub
                 max_failures=training.max_failures, controller_failure_limit=3
             ),
         ),
+        torch_config=TorchConfig(timeout_s=int(PROCESS_TIMEOUT.total_seconds())),
     )
-    run.update(stopped=None)
-    on_interrupt = signal.getsignal(signal.SIGINT)  # Ray puts its own handler in its place
-    try:
-        trainer.fit()
-    except (SystemExit, ray.exceptions.RayActorError) as error:  # what Ray's handler makes of an interrupt
-        raise Interrupted from error
-    except ray.train.TrainingFailedError as error:
-        raise _user_error(error, run) from error
-    finally:
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGINT, on_interrupt)
-    stopped = run.read()["stopped"]
-    if stopped:
-        raise TrainingStopped(stopped)
+
+
+def _worker_resources(training: TrainingConfig) -> dict[str, float]:
+    return {"CPU": float(training.cpus_per_worker), **({"GPU": 1.0} if training.use_gpu else {})}
+
+
+def _check_room(experiment: Experiment) -> None:
+    """Raises ConfigError where the cluster is too small now and has no autoscaler: Ray would wait for ever."""
+    import ray
+
+    training = experiment.training
+    available = ray.cluster_resources()
+    if os.environ.get(AUTOSCALING_VARIABLE):
+        return
+    for resource, amount in _worker_resources(training).items():
+        if available.get(resource, 0) < amount * training.min_workers:
+            raise ConfigError(
+                f"training.num_workers={training.min_workers} with {amount:g} {resource} each: the Ray cluster has "
+                f"only {available.get(resource, 0):g} {resource}. Lower num_workers, "
+                + ("or set use_gpu: false" if resource == "GPU" else "or cpus_per_worker")
+                + f". If the cluster scales up by itself, set {AUTOSCALING_VARIABLE}=1."
+            )
 
 
 def _ray_worker(config: dict[str, Any]) -> None:
-    context = RayContext()
+    run = RunFolder(config["run"])
+    if run.read().get("stopped"):
+        return  # a rank of the group before this one met what a restart does not mend
+    context = RayContext(run_name=f"{run.path.parent.name}/{run.path.name}", stop_file=run.path / STOP_FILE)
     try:
         train_worker(context, config["experiment"], config["run"])
+    except StopRequested as error:
+        if context.preempted:
+            raise  # Ray starts the group again on other nodes
+        _note(run, context, error)
     except TrainingStopped as error:
-        # every rank agrees on it; raising would only make Ray restart the group to fail again
-        if context.rank == 0:
-            RunFolder(Path(config["run"])).update(stopped=str(error))
+        _note(run, context, error)  # every rank agrees on it; raising would only make Ray start the group again
+    except UserError as error:
+        _note(run, None, error)  # this rank alone: the others are in the all-reduce, only raising ends the group
+        raise
+
+
+def _note(run: RunFolder, context: RayContext | None, error: UserError) -> None:
+    """Leave the driver an error that ends the run. context: of a rank among many with the same error."""
+    if context is None or context.rank == 0:
+        with suppress(OSError):  # the folder itself may be what fails
+            run.update(stopped=[type(error).__name__, str(error)])
+
+
+def _raise_noted(run: RunFolder) -> None:
+    """Raises what a worker has left in the run's folder, if anything."""
+    stopped = run.read().get("stopped")
+    if stopped:
+        kind, message = stopped
+        raise getattr(errors, kind)(message)
 
 
 def _user_error(error: Exception, run: RunFolder) -> UserError:

@@ -4,44 +4,62 @@
     RUNS/NAME/001/run.json          status, data digest, MLflow run, registered version
     RUNS/NAME/001/checkpoints/      see training/checkpoint.py
     RUNS/NAME/001/metrics.jsonl     one line per outer step and per validation, written by rank 0
+    RUNS/NAME/001/stop              asks the workers to write a checkpoint and end
     RUNS/NAME/001/evaluation/       results
 
-An unfinished run goes on when the same command is run again; a finished one leads to a new number.
+RUNS is a folder, on one machine or shared by all nodes, or an object store (`s3://`, `gs://`). An unfinished run goes
+on when the same command is run again; a finished one leads to a new number.
 """
 
 from __future__ import annotations
 
 import fcntl
 import json
+import os
+import secrets
+import socket
+import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from pipeline import config, experiment
+from pipeline import config, experiment, storage
 from pipeline.errors import ConfigError, DataError
 from pipeline.experiment import Experiment
-from pipeline.files import write_atomically
+from pipeline.storage import Location, ObjectPath
 from pipeline.training.checkpoint import CheckpointStore
 
-RUN_FILE, CONFIG_FILE, JOURNAL_FILE = "run.json", "config.yaml", "metrics.jsonl"
+RUN_FILE, CONFIG_FILE, JOURNAL_FILE, STOP_FILE = "run.json", "config.yaml", "metrics.jsonl", "stop"
+CLAIM_FILE = ".claim.json"
+CLAIM_SECONDS = 5.0  # between the signs of life of a claim in an object store
+CLAIM_LOST_SECONDS = 20.0  # without one, its process is taken for dead
+
+# What a run may go on with otherwise than it was started: where its workers run. Episodes do not depend on it, so the
+# result differs by no more than the order of summation does.
+ELASTIC_KEYS = ("backend", "num_workers", "cpus_per_worker", "use_gpu", "max_failures", "resize_seconds")
 
 
 class RunFolder:
     """One run's files."""
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.checkpoints = CheckpointStore(path / "checkpoints")
+    def __init__(self, path: str | Location) -> None:
+        self.path = storage.location(path)
+        self.checkpoints = CheckpointStore(self.path / "checkpoints")
 
     @property
     def number(self) -> int:
         return int(self.path.name)
 
     @property
-    def evaluation(self) -> Path:
+    def journal(self) -> Location:
+        return self.path / JOURNAL_FILE
+
+    @property
+    def evaluation(self) -> Location:
         return self.path / "evaluation"
 
     def read(self) -> dict[str, Any]:
@@ -54,7 +72,7 @@ class RunFolder:
     def update(self, **values: Any) -> dict[str, Any]:
         """Change entries of run.json, atomically."""
         content = {**self.read(), **values} if (self.path / RUN_FILE).exists() else values
-        write_atomically(self.path / RUN_FILE, json.dumps(content, indent=1) + "\n")
+        storage.write(self.path / RUN_FILE, json.dumps(content, indent=1) + "\n")
         return content
 
     @property
@@ -66,13 +84,42 @@ class RunFolder:
         path = self.path / CONFIG_FILE
         return experiment.from_dict(config.read_yaml(path), source=str(path))
 
+    def request_stop(self) -> None:
+        """Ask the workers, wherever they are, to write a checkpoint and end."""
+        storage.write(self.path / STOP_FILE, "")
+
+    @property
+    def stop_requested(self) -> bool:
+        return (self.path / STOP_FILE).exists()
+
+    def clear_stop(self) -> None:
+        """Forget an earlier attempt's request and the reason why it ended."""
+        if self.stop_requested:
+            (self.path / STOP_FILE).unlink()
+        if self.read().get("stopped"):
+            self.update(stopped=None)
+
 
 @contextmanager
-def claimed(runs_of_name: Path) -> Iterator[None]:
-    """Hold a name's folder (RUNS/NAME) while one of its runs is worked on; the lock goes with the process.
+def claimed(runs_of_name: Location) -> Iterator[None]:
+    """Hold a name's folder (RUNS/NAME) while one of its runs is worked on; the claim ends with the process.
 
     Raises ConfigError: another process holds it, or the folder cannot be made.
     """
+    held = _held_object(runs_of_name) if isinstance(runs_of_name, ObjectPath) else _held_file(runs_of_name)
+    with held:
+        yield
+
+
+def _taken(runs_of_name: Location) -> ConfigError:
+    return ConfigError(
+        f"{runs_of_name}: another process is training a run of this name. Wait for it, or give this one another name "
+        "with --set name=…"
+    )
+
+
+@contextmanager
+def _held_file(runs_of_name: Path) -> Iterator[None]:
     try:
         runs_of_name.mkdir(parents=True, exist_ok=True)
         stream = (runs_of_name / ".lock").open("w")
@@ -82,16 +129,72 @@ def claimed(runs_of_name: Path) -> Iterator[None]:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise ConfigError(
-                f"{runs_of_name}: another process is training a run of this name. Wait for it, or give this one "
-                "another name with --set name=…"
-            ) from None
+            raise _taken(runs_of_name) from None
         yield
 
 
-def runs_of(exp: Experiment) -> Path:
+@contextmanager
+def _held_object(runs_of_name: ObjectPath) -> Iterator[None]:
+    """An object store has no locks: the holder renews an object, and one that is not renewed any more is taken over."""
+    storage.check_store(str(runs_of_name), key="tracking.runs")
+    place = runs_of_name / CLAIM_FILE
+    own = {"host": socket.gethostname(), "pid": os.getpid(), "token": secrets.token_hex(8)}
+    done = threading.Event()
+    _wait_until_free(place)
+
+    def renew() -> None:
+        while not done.wait(CLAIM_SECONDS):
+            with suppress(OSError):  # the next one may get through
+                place.write_bytes(json.dumps({**own, "time": time.time()}).encode())
+
+    place.write_bytes(json.dumps({**own, "time": time.time()}).encode())
+    time.sleep(0.2)  # of two that begin at the same moment, the later one has it
+    if json.loads(place.read_bytes())["token"] != own["token"]:
+        raise _taken(runs_of_name)
+    renewer = threading.Thread(target=renew, name="claim", daemon=True)
+    renewer.start()
+    try:
+        yield
+    finally:
+        done.set()
+        renewer.join()
+        with suppress(OSError):
+            place.unlink()
+
+
+def _wait_until_free(place: ObjectPath) -> None:
+    """Returns when nobody holds the claim. Raises ConfigError as soon as its holder gives a sign of life."""
+    first: bytes | None = None
+    waiting_since = time.monotonic()
+    while True:
+        try:
+            content = place.read_bytes()
+            holder = json.loads(content)
+        except (FileNotFoundError, ValueError):
+            return
+        if holder.get("host") == socket.gethostname() and not _alive(int(holder.get("pid", 0))):
+            return
+        if first is not None and content != first:
+            raise _taken(place.parent)
+        first = content
+        if time.monotonic() - waiting_since > CLAIM_LOST_SECONDS:
+            return
+        time.sleep(1.0)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
+
+
+def runs_of(exp: Experiment) -> Location:
     """The folder of an experiment's runs: RUNS/NAME."""
-    return exp.tracking.runs.absolute() / exp.name
+    return storage.location(exp.tracking.runs).absolute() / exp.name
 
 
 def open_run(exp: Experiment, *, data_digest: str, fresh: bool = False) -> tuple[RunFolder, bool]:
@@ -115,23 +218,25 @@ def open_run(exp: Experiment, *, data_digest: str, fresh: bool = False) -> tuple
             )
         return last, True
     run = RunFolder(parent / f"{last.number + 1 if last else 1:03d}")
-    run.path.mkdir(parents=True, exist_ok=True)  # there already if a start was killed before run.json was written
+    storage.make_folder(run.path)  # there already if a start was killed before run.json was written
     text = yaml.safe_dump(exp.to_dict(), sort_keys=False, allow_unicode=True)
-    write_atomically(run.path / CONFIG_FILE, text)
+    storage.write(run.path / CONFIG_FILE, text)
     run.update(status="running", name=exp.name, data_digest=data_digest)
     return run, False
 
 
-def latest_run(parent: Path) -> RunFolder | None:
+def latest_run(parent: Location) -> RunFolder | None:
     """The run with the highest number under `parent` that has been set up completely."""
-    numbered = [p for p in parent.glob("*") if p.name.isdigit()] if parent.is_dir() else []
-    complete = [p for p in numbered if (p / RUN_FILE).exists()]
-    return RunFolder(max(complete, key=lambda p: int(p.name))) if complete else None
+    numbered = [p for p in parent.iterdir() if p.name.isdigit()] if parent.is_dir() else []
+    for path in sorted(numbered, key=lambda p: int(p.name), reverse=True):
+        if (path / RUN_FILE).exists():
+            return RunFolder(path)
+    return None
 
 
-def find_run(path: str | Path) -> RunFolder:
+def find_run(path: str | Location) -> RunFolder:
     """The run at a folder: a run's own, or the last one under a name's folder. Raises DataError."""
-    path = Path(path).absolute()
+    path = storage.location(path).absolute()
     if (path / RUN_FILE).exists():
         return RunFolder(path)
     run = latest_run(path)
@@ -143,4 +248,5 @@ def find_run(path: str | Path) -> RunFolder:
 def _comparable(exp: Experiment) -> dict[str, Any]:
     content = exp.to_dict()
     del content["tracking"]  # where results go changes none of them
+    content["training"] = {k: v for k, v in content["training"].items() if k not in ELASTIC_KEYS}
     return content

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import tempfile
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -12,12 +15,13 @@ from typing import Any, NamedTuple
 import torch
 
 from pipeline import experiment as experiments
-from pipeline import launch, pictures, promotion, runs, storage
+from pipeline import launch, pictures, promotion, results, runs, storage
 from pipeline.baselines import nearest_neighbour
 from pipeline.errors import ConfigError, DataError, TrackingError
 from pipeline.experiment import Components, Experiment
 from pipeline.learner import Learner, card_of
-from pipeline.runs import JOURNAL_FILE, RunFolder
+from pipeline.runs import RunFolder
+from pipeline.storage import Location
 from pipeline.tasks.images import ImageTasks
 from pipeline.tracking import RunLog, Tracker
 from pipeline.training import journal
@@ -26,6 +30,8 @@ from pipeline.training.memory import keep_freed_memory
 from pipeline.types import MetaState, Normalization, Split
 
 FOLLOW_SECONDS = 1.0
+AWAY_SECONDS = 5.0  # between attempts to reach an MLflow that did not answer
+OUTAGE_SECONDS = float(os.environ.get("METAPIPE_MLFLOW_OUTAGE_SECONDS", "600"))  # to wait for it after training
 Observer = Callable[[list[dict[str, Any]]], None]
 
 
@@ -66,7 +72,7 @@ def train(
         say(f"{'going on with' if resumed else 'run'} {run.path}")
         log = _open_log(exp, run, tracker)
         try:
-            with log.system_metrics(), _following(run, log, observe):
+            with log.system_metrics(), _following(run, log, observe, say):
                 launch.run_workers(exp, run)
             parts = experiments.build(exp, device=launch.default_device())
             test = _evaluate_run(exp, run, parts, log, data_digest)
@@ -94,21 +100,22 @@ def _open_log(exp: Experiment, run: RunFolder, tracker: Tracker) -> RunLog:
 
 
 @contextmanager
-def _following(run: RunFolder, log: RunLog, observe: Observer) -> Iterator[None]:
-    """Deliver the journal's records to MLflow and to the observer while the block runs, and the rest after it."""
-    to_mlflow = journal.JournalReader(run.path / JOURNAL_FILE, after_step=log.last_step())
-    to_observer = journal.JournalReader(run.path / JOURNAL_FILE)
+def _following(run: RunFolder, log: RunLog, observe: Observer, say: Callable[[str], None]) -> Iterator[None]:
+    """Deliver the journal's records to MLflow and to the observer while the block runs, and the rest after it.
+
+    While MLflow does not answer, training goes on and the records wait in the journal; what was delivered twice because
+    an answer got lost, MLflow keeps once (same run, name, step, time and value).
+    """
+    to_mlflow = _Delivery(run, log, say)
+    to_observer = journal.JournalReader(run.journal)
     done = threading.Event()
     failure: list[Exception] = []
-
-    def deliver() -> None:
-        observe(to_observer.new_records())
-        log.metrics(to_mlflow.new_records())
 
     def follow() -> None:
         try:
             while not done.wait(FOLLOW_SECONDS):
-                deliver()
+                observe(to_observer.new_records())
+                to_mlflow.try_once()
         except Exception as error:  # raised by the main thread, once the workers are through
             failure.append(error)
 
@@ -120,12 +127,54 @@ def _following(run: RunFolder, log: RunLog, observe: Observer) -> Iterator[None]
         done.set()
         follower.join()
         if not failure:
-            try:
-                deliver()
-            except TrackingError as error:
-                failure.append(error)
+            observe(to_observer.new_records())
+            to_mlflow.try_once()
     if failure:
         raise failure[0]
+    to_mlflow.insist()
+
+
+class _Delivery:
+    """Of the journal's records to MLflow, each once, however long MLflow is away."""
+
+    def __init__(self, run: RunFolder, log: RunLog, say: Callable[[str], None]) -> None:
+        self._reader = journal.JournalReader(run.journal, after_step=log.last_step())
+        self._log = log
+        self._say = say
+        self._waiting: list[dict[str, Any]] = []
+        self._away_since: float | None = None
+        self._not_before = 0.0
+
+    def try_once(self) -> TrackingError | None:
+        """Deliver what there is; where that fails, keep it and leave MLflow alone for a while."""
+        self._waiting += self._reader.new_records()
+        if time.monotonic() < self._not_before:
+            return None
+        try:
+            self._log.metrics(self._waiting)
+        except TrackingError as error:
+            if self._away_since is None:
+                self._away_since = time.monotonic()
+                self._say("MLflow does not answer; training goes on and its metrics wait in the run's journal")
+            self._not_before = time.monotonic() + AWAY_SECONDS
+            return error
+        if self._away_since is not None:
+            self._say(f"MLflow answers again; {len(self._waiting)} steps' metrics were delivered late")
+        self._away_since = None
+        self._waiting = []
+        return None
+
+    def insist(self) -> None:
+        """Wait for MLflow, at most OUTAGE_SECONDS. Raises TrackingError."""
+        deadline = time.monotonic() + OUTAGE_SECONDS
+        while True:
+            self._not_before = 0.0
+            error = self.try_once()
+            if error is None:
+                return
+            if time.monotonic() > deadline:
+                raise error
+            time.sleep(AWAY_SECONDS)
 
 
 def _best(run: RunFolder) -> tuple[int, MetaState]:
@@ -150,18 +199,19 @@ def _evaluate_run(exp: Experiment, run: RunFolder, parts: Components, log: RunLo
         data_digest=data_digest,
         chunk=experiments.task_chunk(exp, parts, launch.default_device()),
     )
-    folder = run.evaluation
-    folder.mkdir(exist_ok=True)
-    content = {**test.to_dict(), "checkpoint_step": step}
-    (folder / "test.json").write_text(json.dumps(content, indent=1) + "\n")
-    storage.write_results(test, folder / "test.parquet")
-    records = journal.read(run.path / JOURNAL_FILE)
-    pictures.training_curves(records, test.score_name, folder / "curves.png")
-    pictures.adaptation_curve(test, folder / "adaptation.png")
-    if isinstance(parts.family, ImageTasks):
-        batch = parts.family.sample("meta_val", 0, torch.arange(4), seed=SELECTION_SEED)
-        pictures.episodes(batch, folder / "episodes.png", n_way=exp.task.n_way)
-    log.artifacts(folder, "evaluation")
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        content = {**test.to_dict(), "checkpoint_step": step}
+        (folder / "test.json").write_text(json.dumps(content, indent=1) + "\n")
+        results.write(test, folder / "test.parquet")
+        records = journal.read(run.journal)
+        pictures.training_curves(records, test.score_name, folder / "curves.png")
+        pictures.adaptation_curve(test, folder / "adaptation.png")
+        if isinstance(parts.family, ImageTasks):
+            batch = parts.family.sample("meta_val", 0, torch.arange(4), seed=SELECTION_SEED)
+            pictures.episodes(batch, folder / "episodes.png", n_way=exp.task.n_way)
+        storage.copy_folder(folder, run.evaluation)
+        log.artifacts(folder, "evaluation")
     log.summary(summarize(test, "test"), step=exp.training.steps)
     log.tags({"checkpoint.best_step": str(step), "checkpoint.folder": str(run.checkpoints.path(step))})
     return test
@@ -206,7 +256,7 @@ def _register(exp: Experiment, run: RunFolder, parts: Components, tracker: Track
     return Registration(exp.name, str(version.version), decision)
 
 
-def register(path: str | Path) -> Registration:
+def register(path: str | Location) -> Registration:
     """Register the best checkpoint of a finished run anew, by the same rule as training.
 
     Raises UserError: no such run, not finished, or its data set has changed since.
@@ -222,8 +272,7 @@ def register(path: str | Path) -> Registration:
     parts = experiments.build(exp, device=launch.default_device())
     with runs.claimed(run.path.parent):
         log = _open_log(exp, run, tracker)
-        with _following(run, log, lambda _: None):  # delivers what this tracking store does not have yet
-            pass
+        _Delivery(run, log, lambda _: None).insist()  # of what this tracking store does not have yet
         test = _evaluate_run(exp, run, parts, log, digest)
         registration = _register(exp, run, parts, tracker, test)
         log.end("FINISHED")
@@ -249,7 +298,7 @@ class ModelEvaluation(NamedTuple):
 def evaluate_model(
     learner: Learner,
     *,
-    data: Path | None = None,
+    data: str | None = None,
     class_split: str | None = None,
     part: Split = "meta_test",
     episodes: int = 1000,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
@@ -11,6 +10,7 @@ import numpy as np
 from pipeline.datasets.near_duplicates import NearDuplicate, near_duplicates
 from pipeline.datasets.preprocessing import Preprocessing
 from pipeline.datasets.source import RawClass
+from pipeline.storage import Location
 from pipeline.tasks import shards
 from pipeline.types import Split
 
@@ -32,7 +32,7 @@ class Source(Protocol):
 
 def prepare(
     source: Source,
-    out: str | Path,
+    out: str | Location,
     *,
     record: Mapping[str, Any],
     seed: int = 0,

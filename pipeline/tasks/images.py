@@ -8,7 +8,6 @@ Shapes: T tasks · W n_way · S n_way·k_shot · Q n_way·n_query · C H W of on
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Literal, Protocol
 
 import numpy as np
@@ -18,6 +17,7 @@ from torch import Tensor
 
 from pipeline.config import Section
 from pipeline.errors import DataError
+from pipeline.storage import Address, absolute
 from pipeline.tasks import shards
 from pipeline.tasks.objectives import Classification
 from pipeline.tasks.sampler import sample_indices
@@ -28,7 +28,7 @@ class ImagesConfig(Section):
     """N-way K-shot classification of images."""
 
     family: Literal["images"]
-    data: Path  # folder of a prepared data set, relative to where the command is run
+    data: Address  # folder of a prepared data set, relative to where the command is run, or s3://…, gs://…
     split: str = "alphabet"  # which of the data set's class splits
     n_way: int = Field(default=5, ge=2)
     k_shot: int = Field(default=1, ge=1)  # support examples per class
@@ -44,7 +44,7 @@ class ImagesConfig(Section):
 
     def absolute(self) -> ImagesConfig:
         """With an absolute data path: workers run in another folder."""
-        return self.model_copy(update={"data": self.data.absolute()})
+        return self.model_copy(update={"data": absolute(self.data)})
 
     def verify(self) -> str:
         """Check the data set's bytes and that it is large enough; returns its digest. Raises DataError."""
@@ -175,7 +175,7 @@ class ImageStore(Protocol):
 class DeviceImages:
     """The whole data set as one uint8 tensor [examples, C, H, W] on the device."""
 
-    def __init__(self, folder: Path, manifest: shards.Manifest, device: torch.device) -> None:
+    def __init__(self, folder: str, manifest: shards.Manifest, device: torch.device) -> None:
         with shards.ShardReader(folder, manifest) as reader:
             images = np.concatenate(list(reader))
         self._images = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous().to(device)
@@ -190,7 +190,7 @@ class DeviceImages:
 class MappedImages:
     """Rows gathered from memory-mapped shards, then sent to the device."""
 
-    def __init__(self, folder: Path, manifest: shards.Manifest, device: torch.device) -> None:
+    def __init__(self, folder: str, manifest: shards.Manifest, device: torch.device) -> None:
         self._reader = shards.ShardReader(folder, manifest)
         self._device = device
 

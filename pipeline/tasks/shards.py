@@ -39,12 +39,14 @@ from pipeline.config import Section, validate
 from pipeline.datasets.source import RawClass
 from pipeline.errors import ConfigError, DataError
 from pipeline.files import sync
+from pipeline.storage import Location, ObjectPath, copy_folder, location
 from pipeline.types import Split
 
 FORMAT_VERSION = 1
 MANIFEST = "dataset.json"
 ROW_GROUP_BYTES = 4 << 20
 SHARD_BYTES = 64 << 20
+HASH_BYTES = 8 << 20  # read at once while hashing
 
 
 class RowGroup(Section):
@@ -145,7 +147,7 @@ class Manifest(Section):
 
 
 def write(
-    out: str | Path,
+    out: str | Location,
     classes: Iterable[RawClass],
     *,
     splits: Mapping[str, Mapping[str, Split]],
@@ -160,13 +162,26 @@ def write(
 
     splits: name of a class split -> class name -> part; every class must be in every split.
     findings: called once all classes are written; what it returns is recorded beside `source`.
-    One class is held in memory at a time.
+    One class is held in memory at a time. For an object store the data set is written on this machine first and copied,
+    its manifest last.
 
     Raises DataError: `out` exists (and not `overwrite`), no classes, a duplicate name, images of another shape or
     dtype, or a class without a place in a split.
     """
-    out = Path(out).absolute()
+    out = location(out).absolute()
     check_free(out, overwrite=overwrite)
+    if isinstance(out, ObjectPath):
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = Path(scratch)
+            content, _ = _write_shards(folder, classes, splits, row_group_bytes, shard_bytes)
+            manifest = _write_manifest(folder, _described(content, source, findings, preprocessing))
+            try:
+                (out / MANIFEST).unlink()  # what is left of an old one is none without it
+                out.remove_tree()
+                copy_folder(folder, out, last=MANIFEST)
+            except OSError as error:
+                raise DataError(f"{out}: cannot be written ({error}). Choose another --out.") from error
+        return manifest
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         _sweep(out)
@@ -175,9 +190,7 @@ def write(
         raise DataError(f"{out}: cannot be written ({error.strerror}). Choose another --out.") from error
     try:
         content, files = _write_shards(staging, classes, splits, row_group_bytes, shard_bytes)
-        content["source"] = {**source, **findings()}
-        content["preprocessing"] = dict(preprocessing)
-        manifest = _write_manifest(staging, content)
+        manifest = _write_manifest(staging, _described(content, source, findings, preprocessing))
         for file in [*files, staging / MANIFEST]:
             sync(file)
         _replace_folder(staging, out)
@@ -189,11 +202,23 @@ def write(
     return manifest
 
 
-def check_free(out: str | Path, *, overwrite: bool) -> None:
-    """Raises DataError where something stands at `out` that may not be replaced."""
-    out = Path(out)
-    if not out.exists():
-        return
+def _described(
+    content: dict[str, Any],
+    source: Mapping[str, Any],
+    findings: Callable[[], Mapping[str, Any]],
+    preprocessing: Mapping[str, Any],
+) -> dict[str, Any]:
+    return {**content, "source": {**source, **findings()}, "preprocessing": dict(preprocessing)}
+
+
+def check_free(out: str | Location, *, overwrite: bool) -> None:
+    """Raises DataError where something stands at `out` that may not be replaced, or an object store does not answer."""
+    out = location(out)
+    try:
+        if not out.exists():
+            return
+    except OSError as error:
+        raise DataError(f"{out}: the object store cannot be asked ({error}).") from error
     if not overwrite:
         raise DataError(f"{out}: already exists. Choose another --out, or replace it with --overwrite.")
     if not (out / MANIFEST).exists():
@@ -352,31 +377,36 @@ def _pixels_sha256(images: np.ndarray) -> str:
     return hashlib.sha256(np.ascontiguousarray(images).data).hexdigest()
 
 
-def _file_sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
+def _file_sha256(file: Location) -> str:
+    with file.open_input() if isinstance(file, ObjectPath) else file.open("rb") as stream:
+        digest = hashlib.sha256()
+        while block := stream.read(HASH_BYTES):
+            digest.update(block)
+        return digest.hexdigest()
 
 
-def read_manifest(folder: str | Path) -> Manifest:
+def read_manifest(folder: str | Location) -> Manifest:
     """The manifest of a data set, checked against its own digest.
 
     Raises DataError: no such folder, no manifest in it, not JSON, a field missing or wrong, another format
     version, or a digest that disagrees with the classes, splits and preprocessing.
     """
-    folder = Path(folder)
+    folder = location(folder)
     path = folder / MANIFEST
-    if not folder.is_dir():
-        raise DataError(
-            f"{folder}: no such data set. Prepare one first, e.g. `metapipe data prepare glyphs --out {folder}`."
-        )
     try:
+        if not folder.is_dir():
+            raise DataError(
+                f"{folder}: no such data set. Prepare one first, e.g. `metapipe data prepare glyphs --out {folder}`."
+            )
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise DataError(
             f"{folder}: holds no {MANIFEST}, so it is not a prepared data set. Make one with `metapipe data prepare`."
         ) from None
-    except (OSError, ValueError) as error:
+    except ValueError as error:
         raise DataError(f"{path}: not readable as JSON ({error}). Prepare the data set again.") from error
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error}).") from error
     if isinstance(content, dict) and content.get("format_version") != FORMAT_VERSION:
         raise DataError(
             f"{path}: format version {content.get('format_version')!r}; this version reads {FORMAT_VERSION}. "
@@ -396,12 +426,12 @@ def read_manifest(folder: str | Path) -> Manifest:
     return manifest
 
 
-def verify(folder: str | Path, manifest: Manifest | None = None) -> Manifest:
+def verify(folder: str | Location, manifest: Manifest | None = None) -> Manifest:
     """Check every digest, footer and index of a data set against its bytes. Returns the manifest.
 
     Raises DataError: names every damaged, truncated or missing shard, or the class that disagrees.
     """
-    folder = Path(folder)
+    folder = location(folder)
     manifest = manifest or read_manifest(folder)
     with ThreadPoolExecutor() as pool:  # hashing releases the GIL
         problems = [p for p in pool.map(lambda shard: _shard_problem(folder, shard), manifest.shards) if p]
@@ -417,10 +447,10 @@ def verify(folder: str | Path, manifest: Manifest | None = None) -> Manifest:
     return manifest
 
 
-def _shard_problem(folder: Path, shard: ShardEntry) -> str | None:
+def _shard_problem(folder: Location, shard: ShardEntry) -> str | None:
     file = folder / shard.file
     try:
-        size = file.stat().st_size
+        size = file.size() if isinstance(file, ObjectPath) else file.stat().st_size
         if size != shard.bytes:
             return f"{shard.file} has {size} bytes instead of {shard.bytes} (truncated or replaced)"
         if _file_sha256(file) != shard.sha256:
@@ -428,18 +458,18 @@ def _shard_problem(folder: Path, shard: ShardEntry) -> str | None:
     except FileNotFoundError:
         return f"{shard.file} is missing"
     except OSError as error:
-        return f"{shard.file} cannot be read ({error.strerror})"
+        return f"{shard.file} cannot be read ({error.strerror or error})"
     return None
 
 
 class ShardReader:
-    """Rows of a data set by class, from memory-mapped shards. Files are opened at their first use.
+    """Rows of a data set by class, from memory-mapped shards or an object store. Files are opened at their first use.
 
     Threads may share one; they take turns reading.
     """
 
-    def __init__(self, folder: str | Path, manifest: Manifest) -> None:
-        self.folder = Path(folder)
+    def __init__(self, folder: str | Location, manifest: Manifest) -> None:
+        self.folder = location(folder)
         self.manifest = manifest
         self._files: dict[int, pq.ParquetFile] = {}
         self._lock = threading.Lock()  # a ParquetFile is not thread-safe; sampling ahead and validation share it
@@ -500,9 +530,10 @@ class ShardReader:
 
     def _open(self, shard: int) -> pq.ParquetFile:
         if shard not in self._files:
+            file = self.folder / self.manifest.shards[shard].file
             self._files[shard] = pq.ParquetFile(
-                self.folder / self.manifest.shards[shard].file,
-                memory_map=True,
+                file.open_input() if isinstance(file, ObjectPath) else file,
+                memory_map=isinstance(file, Path),
                 page_checksum_verification=True,
             )
         return self._files[shard]

@@ -3,31 +3,31 @@
     RUN/checkpoints/step-00000500/state.pt     read with weights_only=True
     RUN/checkpoints/step-00000500/meta.json    step, digest of the data, best so far, sha256 of state.pt
 
-A checkpoint is written beside its place and renamed into it, so one that is there is whole. Writing the same step
-again replaces it. Only the latest and the best are kept.
+A checkpoint is written beside its place and renamed into it, so one that is there is whole; in an object store, one
+is there when its meta.json is. Writing the same step again replaces it. Only the latest and the best are kept.
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import math
-import os
 import pickle
 import re
-import shutil
-import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from pipeline import storage
 from pipeline.errors import DataError
-from pipeline.files import sync
+from pipeline.storage import Location
 from pipeline.training.outer import Plateau
 from pipeline.types import MetaState
 
+STATE_FILE, META_FILE = "state.pt", "meta.json"
 STEP_NAME = re.compile(r"step-[0-9]{8}")  # exactly: a user's step-00000100.bak is none of ours
 
 
@@ -60,15 +60,20 @@ class TrainState:
 class CheckpointStore:
     """The checkpoints of one run."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Location) -> None:
         self.folder = folder
 
     def steps(self) -> list[int]:
         """The steps whose checkpoints are whole, ascending."""
-        names = [path.name for path in self.folder.glob("step-*") if path.is_dir()]
-        return sorted(int(name.removeprefix("step-")) for name in names if STEP_NAME.fullmatch(name))
+        folders = self.folder.iterdir() if self.folder.is_dir() else ()
+        steps = [int(path.name.removeprefix("step-")) for path in folders if STEP_NAME.fullmatch(path.name)]
+        return sorted(step for step in steps if isinstance(self.folder, Path) or self._is_marked(step))
 
-    def path(self, step: int) -> Path:
+    def _is_marked(self, step: int) -> bool:
+        """In an object store a checkpoint's files come one by one, meta.json last."""
+        return (self.path(step) / META_FILE).exists()
+
+    def path(self, step: int) -> Location:
         return self.folder / f"step-{step:08d}"
 
     def latest(self) -> int | None:
@@ -83,7 +88,7 @@ class CheckpointStore:
 
     def meta(self, step: int) -> dict[str, Any]:
         """The content of a checkpoint's meta.json. Raises DataError: missing or damaged, with its path."""
-        path = self.path(step) / "meta.json"
+        path = self.path(step) / META_FILE
         try:
             content = json.loads(path.read_text(encoding="utf-8"))
             if not isinstance(content, dict) or not content.keys() >= {"best_step", "sha256"}:
@@ -92,56 +97,44 @@ class CheckpointStore:
             raise DataError(f"{path}: cannot be read ({error}). Remove {path.parent} to go on without it.") from error
         return content
 
-    def save(self, state: TrainState, *, data_digest: str) -> Path:
+    def save(self, state: TrainState, *, data_digest: str) -> Location:
         """Write the state's checkpoint and drop the ones that are neither the latest nor the best."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        for leftover in self.folder.glob(".partial-*"):  # of a killed process; the run is ours alone
-            shutil.rmtree(leftover, ignore_errors=True)
-        staging = Path(tempfile.mkdtemp(prefix=".partial-", dir=self.folder))
-        try:
-            staging.chmod(0o755)
-            content = {
-                "step": state.step,
-                "params": {k: v.detach() for k, v in state.meta.params.items()},
-                "buffers": dict(state.meta.buffers),
-                "optimizer": state.optimizer.state_dict(),
-                "plateau": state.plateau.to_dict(),
-                "best": {"step": state.best.step, "score": state.best.score},
-                "skipped": state.skipped,
-                "skipped_in_a_row": state.skipped_in_a_row,
-            }
-            torch.save(content, staging / "state.pt")
-            meta = {
-                "step": state.step,
-                "best_step": state.best.step,
-                "best_score": state.best.score,
-                "data_digest": data_digest,
-                "sha256": hashlib.sha256((staging / "state.pt").read_bytes()).hexdigest(),
-            }
-            (staging / "meta.json").write_text(json.dumps(meta, indent=1) + "\n", encoding="utf-8")
-            for written in (staging / "state.pt", staging / "meta.json", staging):
-                sync(written)
-            final = self.path(state.step)
-            if final.exists():
-                shutil.rmtree(final)
-            os.rename(staging, final)
-            sync(self.folder)  # the rename too survives a power cut
-        except BaseException:
-            shutil.rmtree(staging, ignore_errors=True)
-            raise
+        content = {
+            "step": state.step,
+            "params": {name: value.detach() for name, value in state.meta.params.items()},
+            "buffers": dict(state.meta.buffers),
+            "optimizer": state.optimizer.state_dict(),
+            "plateau": state.plateau.to_dict(),
+            "best": {"step": state.best.step, "score": state.best.score},
+            "skipped": state.skipped,
+            "skipped_in_a_row": state.skipped_in_a_row,
+        }
+        stream = io.BytesIO()
+        torch.save(content, stream)
+        saved = stream.getvalue()
+        meta = {
+            "step": state.step,
+            "best_step": state.best.step,
+            "best_score": state.best.score,
+            "data_digest": data_digest,
+            "sha256": hashlib.sha256(saved).hexdigest(),
+        }
+        final = self.path(state.step)
+        storage.write_folder(final, {STATE_FILE: saved, META_FILE: (json.dumps(meta, indent=1) + "\n").encode()})
         for step in self.steps():
             if step not in (state.step, state.best.step):
-                shutil.rmtree(self.path(step))
+                storage.remove_folder(self.path(step))
         return final
 
     def load(self, step: int, device: torch.device | str = "cpu") -> dict[str, Any]:
         """The content of a checkpoint. Raises DataError: missing or damaged, with its path."""
-        path = self.path(step) / "state.pt"
+        path = self.path(step) / STATE_FILE
         try:
             meta = self.meta(step)
-            if hashlib.sha256(path.read_bytes()).hexdigest() != meta["sha256"]:
+            saved = path.read_bytes()
+            if hashlib.sha256(saved).hexdigest() != meta["sha256"]:
                 raise DataError(f"{path}: damaged (its sha256 differs from meta.json's). Remove {path.parent}.")
-            content = torch.load(path, map_location=device, weights_only=True)
+            content = torch.load(io.BytesIO(saved), map_location=device, weights_only=True)
         except (OSError, ValueError, KeyError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
             raise DataError(f"{path}: cannot be read ({error}). Remove {path.parent} to go on without it.") from error
         return content

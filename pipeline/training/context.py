@@ -9,8 +9,12 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import sys
 import threading
+import time
+import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from multiprocessing.connection import wait
 from typing import Any, Protocol
@@ -19,9 +23,22 @@ import torch
 import torch.multiprocessing as multiprocessing
 from torch import Tensor
 
-from pipeline.errors import TrainingStopped, UserError
+from pipeline.errors import Interrupted, UserError, WorkerLost
+from pipeline.storage import Location
 
 PROCESS_TIMEOUT = timedelta(minutes=10)
+GRACE_SECONDS = 30.0  # for workers that are asked to end, to write a checkpoint
+STOP_POLL_SECONDS = 1.0
+
+# A step's metric -> its name and description among Ray's metrics (Prometheus shows it as ray_NAME)
+RAY_METRICS = {
+    "step": ("metapipe_outer_step", "Completed outer steps."),
+    "tasks_per_second": ("metapipe_tasks_per_second", "Tasks adapted a second, over all workers."),
+    "meta_loss": ("metapipe_meta_loss", "Mean query loss after adaptation, over the meta-batch."),
+    "step_seconds": ("metapipe_step_seconds", "Duration of an outer step."),
+    "all_reduce_seconds": ("metapipe_all_reduce_seconds", "This rank's time in the all-reduce, waiting included."),
+    "skipped_steps": ("metapipe_skipped_steps", "Outer steps left out because something was not finite."),
+}
 
 
 class Context(Protocol):
@@ -37,6 +54,38 @@ class Context(Protocol):
         """Called by every rank after each validation, equally often (under Ray it is a barrier)."""
         ...
 
+    def observe(self, metrics: dict[str, float]) -> None:
+        """Called by every rank after each outer step, with that step's metrics."""
+        ...
+
+    def stop_requested(self) -> bool:
+        """Whether this rank has been asked to end; asked before each outer step, so it must not take long."""
+        ...
+
+
+class StopSignals:
+    """SIGTERM and SIGINT as a request to end, while the block runs in the main thread; a second one interrupts."""
+
+    def __init__(self, on_request: Callable[[], None] = lambda: None) -> None:
+        self.received: int | None = None
+        self._on_request = on_request
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> StopSignals:
+        if threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._handle) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _handle(self, number: int, _: object) -> None:
+        if self.received is not None:
+            raise Interrupted(number)
+        self.received = number
+        self._on_request()
+
 
 class LocalContext:
     """One worker: this process."""
@@ -44,14 +93,21 @@ class LocalContext:
     rank = 0
     world_size = 1
 
-    def __init__(self, device: torch.device | str = "cpu") -> None:
+    def __init__(self, device: torch.device | str = "cpu", *, signals: StopSignals | None = None) -> None:
         self.device = torch.device(device)
+        self._signals = signals or StopSignals()
 
     def all_reduce(self, flat: Tensor) -> None:
         pass
 
     def report(self, metrics: dict[str, float]) -> None:
         pass
+
+    def observe(self, metrics: dict[str, float]) -> None:
+        pass
+
+    def stop_requested(self) -> bool:
+        return self._signals.received is not None
 
 
 class _DistributedContext:
@@ -69,28 +125,76 @@ class _DistributedContext:
 class ProcessContext(_DistributedContext):
     """One of several processes that `run_processes` started."""
 
+    def __init__(self, device: torch.device, signals: StopSignals) -> None:
+        super().__init__(device)
+        self._signals = signals
+
     def report(self, metrics: dict[str, float]) -> None:
         pass
+
+    def observe(self, metrics: dict[str, float]) -> None:
+        pass
+
+    def stop_requested(self) -> bool:
+        return self._signals.received is not None
 
 
 class RayContext(_DistributedContext):
     """A Ray Train worker; Ray has set up the process group (NCCL with GPUs, gloo without)."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, run_name: str, stop_file: Location) -> None:
         import ray.train.torch
 
         super().__init__(ray.train.torch.get_device())
+        self._gauges = _gauges(run_name, self.rank)
+        self._stop = threading.Event()
+        if self.rank == 0:  # the request of one rank reaches all
+            threading.Thread(target=self._watch, args=(stop_file,), name="stop", daemon=True).start()
 
     def report(self, metrics: dict[str, float]) -> None:
         import ray.train
 
         ray.train.report(metrics)
 
+    def observe(self, metrics: dict[str, float]) -> None:
+        for name, gauge in self._gauges.items():
+            if name in metrics:
+                gauge.set(metrics[name])
+
+    def stop_requested(self) -> bool:
+        return self._stop.is_set() or self.preempted
+
+    @property
+    def preempted(self) -> bool:
+        """Whether a node of the group is being taken away (Ray drains it): the group will be started elsewhere."""
+        import ray.train
+
+        return ray.train.get_preemption_info() is not None
+
+    def _watch(self, stop_file: Location) -> None:
+        while not self._stop.wait(STOP_POLL_SECONDS):
+            with suppress(OSError):  # an object store that fails now answers the next time
+                if stop_file.exists():
+                    self._stop.set()
+
+
+def _gauges(run_name: str, rank: int) -> dict[str, Any]:
+    """Our own Ray metrics, by the name of the step's metric: for Prometheus (infra/monitoring)."""
+    from ray.util.metrics import Gauge
+
+    gauges = {}
+    for name, (exported, description) in RAY_METRICS.items():
+        gauges[name] = Gauge(exported, description=description, tag_keys=("run", "rank"))
+        gauges[name].set_default_tags({"run": run_name, "rank": str(rank)})
+    return gauges
+
 
 def run_processes(worker: Callable[..., None], *args: Any, num_workers: int, use_gpu: bool = False) -> None:
     """Run `worker(context, *args)` in `num_workers` new processes on this machine and wait for them.
 
-    Raises the worker's UserError; TrainingStopped where a worker died. The others are then ended too.
+    An interrupt is passed on to the workers, which have GRACE_SECONDS to write a checkpoint.
+
+    Raises the worker's UserError; WorkerLost where a worker died. The others are then ended too.
     """
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -111,16 +215,30 @@ def run_processes(worker: Callable[..., None], *args: Any, num_workers: int, use
             if failed:
                 if not errors.empty():
                     raise errors.get()
-                raise TrainingStopped(
+                raise WorkerLost(
                     f"worker {processes.index(failed[0])} ended with exit code {failed[0].exitcode}. Run the same "
                     "command again to go on from the last checkpoint."
                 )
             waiting = [process for process in waiting if process.exitcode is None]
+    except Interrupted:
+        _end(processes, grace=GRACE_SECONDS)
+        raise
     finally:
+        _end(processes, grace=0)
+
+
+def _end(processes: list[Any], *, grace: float) -> None:
+    """Ask processes to end, and after `grace` seconds make them."""
+    if grace:
         for process in processes:
             process.terminate()
+        deadline = time.monotonic() + grace
         for process in processes:
-            process.join()
+            process.join(max(0.0, deadline - time.monotonic()))
+    for process in processes:
+        process.kill()
+    for process in processes:
+        process.join()
 
 
 def _end_with_the_driver() -> None:
@@ -134,7 +252,8 @@ def _end_with_the_driver() -> None:
 def _process(
     rank: int, world_size: int, port: int, use_gpu: bool, errors: Any, worker: Callable[..., None], args: Any
 ) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the driver ends its workers
+    signals = StopSignals().__enter__()  # for the whole process
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the driver passes it on
     threading.Thread(target=_end_with_the_driver, name="driver", daemon=True).start()
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # all on this machine; its host name may not resolve
     device = torch.device("cuda", rank) if use_gpu else torch.device("cpu")
@@ -147,10 +266,18 @@ def _process(
         world_size=world_size,
         timeout=PROCESS_TIMEOUT,
     )
+    exit_code = 0
     try:
-        worker(ProcessContext(device), *args)
+        worker(ProcessContext(device, signals), *args)
+        torch.distributed.barrier()  # who leaves first must not take the connection from under the others
     except UserError as error:
         errors.put(error)
-        raise SystemExit(1) from None
-    finally:
-        torch.distributed.destroy_process_group()
+        exit_code = 1
+    except BaseException as error:
+        if not isinstance(error, torch.distributed.DistBackendError) and "gloo" not in str(error):
+            traceback.print_exc()  # else a peer has died: the driver says which
+        exit_code = 1
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # not by way of the interpreter's end: gloo's threads may abort a process whose work is done and written
+    os._exit(exit_code)

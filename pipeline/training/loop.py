@@ -5,16 +5,15 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
-from pathlib import Path
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 
 from pipeline import experiment as experiments
-from pipeline.errors import TrainingStopped
+from pipeline.errors import StopRequested, TrainingStopped
 from pipeline.experiment import Components, Experiment
-from pipeline.runs import JOURNAL_FILE, RunFolder
+from pipeline.runs import RunFolder
 from pipeline.training import outer
 from pipeline.training.checkpoint import TrainState
 from pipeline.training.context import Context
@@ -28,7 +27,8 @@ from pipeline.types import MetaState, TaskBatch
 def train(context: Context, experiment: Experiment, run: RunFolder) -> None:
     """Train from the run's latest checkpoint, or from the start, to the last step.
 
-    Raises TrainingStopped: too many outer steps in a row were not finite; the last good checkpoint is kept.
+    Raises TrainingStopped: too many outer steps in a row were not finite, or the run's folder cannot be written; the
+    last good checkpoint is kept. StopRequested: a rank was asked to end; there is a checkpoint of the step it reached.
     """
     keep_freed_memory()
     torch.set_num_threads(experiment.training.cpus_per_worker)
@@ -37,23 +37,59 @@ def train(context: Context, experiment: Experiment, run: RunFolder) -> None:
     latest = run.checkpoints.latest()
     if latest is not None:
         run.checkpoints.restore(state, latest, context.device)
-    journal = JournalWriter(run.path / JOURNAL_FILE, resume_step=state.step) if context.rank == 0 else None
-
     total = experiment.training.steps
-    with journal or nullcontext():
+    with _written(run, state), _journal(context, run, state) as journal:
         for batch in _training_batches(context, experiment, parts, first_step=state.step):
-            metrics = _outer_step(context, experiment, parts, state, batch)
+            metrics, stop = _outer_step(context, experiment, parts, state, batch)
             validating = state.step % experiment.training.validate_every == 0 or state.step == total
             if validating and state.skipped_in_a_row < experiment.training.max_nonfinite_steps:
                 metrics |= _validate(context, experiment, parts, state, run)
+            context.observe({"step": state.step, **metrics})
             if journal:
                 journal.append(state.step, metrics)
-            _stop_if_not_finite(experiment, state, check_params=validating)
+            not_finite = _reason_to_give_up(experiment, state, check_params=validating or stop)
+            if journal and (validating or stop or not_finite):
+                journal.flush()  # before the checkpoint: a resumed run keeps the lines up to its step
+            if journal and (validating or stop) and not not_finite:
+                run.checkpoints.save(state, data_digest=run.read()["data_digest"])
+            if not_finite or (stop and state.step < total):
+                context.all_reduce(torch.zeros(1, device=context.device))  # nobody leaves before rank 0 has written
+            if not_finite:
+                raise TrainingStopped(not_finite)
             if validating:
-                if journal:
-                    journal.flush()  # before the checkpoint: a resumed run keeps the lines up to its step
-                    run.checkpoints.save(state, data_digest=run.read()["data_digest"])
                 context.report({"step": state.step, **metrics})
+            if stop and state.step < total:
+                raise StopRequested(
+                    f"{run.path}: stopped on request at outer step {state.step} of {total}, with a checkpoint. Run the "
+                    "same command again to go on from there."
+                )
+
+
+@contextmanager
+def _written(run: RunFolder, state: TrainState) -> Iterator[None]:
+    """A full disk, or an object store that refuses, ends the training with what to do."""
+    try:
+        yield
+    except OSError as error:
+        try:
+            kept = run.checkpoints.latest()
+        except OSError:
+            kept = None
+        raise TrainingStopped(
+            f"{run.path}: cannot be written at outer step {state.step} ({error.strerror or error}). "
+            + (f"The checkpoint of step {kept} is whole. " if kept is not None else "")
+            + "Make room or restore the storage, then run the same command again to go on."
+        ) from error
+
+
+@contextmanager
+def _journal(context: Context, run: RunFolder, state: TrainState) -> Iterator[JournalWriter | None]:
+    """Rank 0's journal; the other ranks write none."""
+    if context.rank != 0:
+        yield None
+        return
+    with JournalWriter(run.journal, resume_step=state.step) as journal:
+        yield journal
 
 
 def _initial_state(experiment: Experiment, parts: Components, device: torch.device) -> TrainState:
@@ -87,8 +123,11 @@ def _training_batches(
 
 def _outer_step(
     context: Context, experiment: Experiment, parts: Components, state: TrainState, batch: TaskBatch
-) -> dict[str, float]:
-    """One outer step, in place on `state`; a step with anything not finite is counted and changes nothing else."""
+) -> tuple[dict[str, float], bool]:
+    """One outer step, in place on `state`; a step with anything not finite is counted and changes nothing else.
+
+    Returns its metrics, and whether a rank was asked to end.
+    """
     config = experiment.training
     started = time.perf_counter()
     gradient = global_gradient(
@@ -115,22 +154,26 @@ def _outer_step(
     seconds = time.perf_counter() - started
     metrics["tasks_per_second"] = config.meta_batch_size / seconds
     metrics["skipped_steps"] = state.skipped
-    return metrics
+    metrics["step_seconds"] = seconds
+    metrics["all_reduce_seconds"] = gradient.all_reduce_seconds
+    metrics["compute_seconds_mean"] = sum(gradient.compute_seconds) / len(gradient.compute_seconds)
+    metrics["compute_seconds_max"] = max(gradient.compute_seconds)
+    metrics["slowest_rank"] = gradient.compute_seconds.index(max(gradient.compute_seconds))
+    return metrics, gradient.stop
 
 
-def _stop_if_not_finite(experiment: Experiment, state: TrainState, *, check_params: bool) -> None:
-    """Every rank has the same state, so all of them stop, or none. Raises TrainingStopped."""
+def _reason_to_give_up(experiment: Experiment, state: TrainState, *, check_params: bool) -> str:
+    """Every rank has the same state, so all of them stop, or none. Empty where training goes on."""
     reason = ""
     if state.skipped_in_a_row >= experiment.training.max_nonfinite_steps:
         reason = f"the meta-gradient was not finite {state.skipped_in_a_row} times in a row"
     elif check_params and not all(bool(value.isfinite().all()) for value in state.meta.params.values()):
         reason = "the meta-parameters are not finite any more"
-    if reason:
-        raise TrainingStopped(
-            f"training stopped at outer step {state.step}: {reason}. The last good checkpoint is kept. Lower "
-            "algorithm.inner_lr or training.outer.outer_lr, or set training.outer.gradient_clip, and start anew with "
-            "--fresh."
-        )
+    return reason and (
+        f"training stopped at outer step {state.step}: {reason}. The last good checkpoint is kept. Lower "
+        "algorithm.inner_lr or training.outer.outer_lr, or set training.outer.gradient_clip, and start anew with "
+        "--fresh."
+    )
 
 
 def _validate(
@@ -159,4 +202,4 @@ def _validate(
 
 def train_worker(context: Context, content: dict[str, Any], run_path: str) -> None:
     """`train` with plain arguments, which travel to other processes."""
-    train(context, experiments.from_dict(content, source=run_path), RunFolder(Path(run_path)))
+    train(context, experiments.from_dict(content, source=run_path), RunFolder(run_path))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -20,6 +21,9 @@ class GlobalGradient(NamedTuple):
     metrics: dict[str, Tensor]
     statistics: Params
     finite: bool  # every number above, on every rank
+    stop: bool  # a rank was asked to end
+    compute_seconds: list[float]  # of each rank, up to the all-reduce
+    all_reduce_seconds: float  # of this rank, waiting for the slowest included
 
 
 def slots_of_rank(context: Context, meta_batch_size: int) -> Tensor:
@@ -46,24 +50,40 @@ def global_gradient(
     """Sums over this rank's tasks and their count, summed over ranks, then divided by the global count.
 
     So unequal shares and chunks of any size give the mean over the whole meta-batch. A NaN on one rank reaches
-    every rank through the sum, so all of them agree on `finite` without another collective.
+    every rank through the sum, so all of them agree on `finite` without another collective; what the ranks tell each
+    other besides (a request to stop, how long each took) travels in the same one.
     """
+    started = time.perf_counter()
     sums: Params = {}
     for tasks in split_tasks(batch, chunk):
         gradient = algorithm.meta_grad(state, tasks, step=step)
         for name, value in _named(gradient).items():
             sums[name] = sums[name] + value if name in sums else value
     reference = next(iter(state.params.values()))
-    sums["count"] = torch.tensor(len(batch.support_x), dtype=reference.dtype, device=reference.device)
+    computed = time.perf_counter()
+    told = [0.0] * context.world_size
+    told[context.rank] = computed - started
+    told += [float(len(batch.support_x)), float(context.stop_requested())]
+    sums["told"] = torch.tensor(told, dtype=reference.dtype, device=reference.device)
     sums = all_reduce_sums(context, sums)
-    count = sums.pop("count")
+    told = sums.pop("told").tolist()
+    reduced = time.perf_counter()
+    *compute_seconds, count, stop = told
     means = {name: value / count for name, value in sums.items()}
     finite = torch.stack([value.isfinite().all() for value in means.values()]).all()
 
     def part(prefix: str) -> Params:
         return {name.removeprefix(prefix): value for name, value in means.items() if name.startswith(prefix)}
 
-    return GlobalGradient(part("grads/"), part("metrics/"), part("statistics/"), bool(finite))
+    return GlobalGradient(
+        part("grads/"),
+        part("metrics/"),
+        part("statistics/"),
+        finite=bool(finite),
+        stop=stop > 0,
+        compute_seconds=compute_seconds,
+        all_reduce_seconds=reduced - computed,
+    )
 
 
 def _named(gradient: MetaGradient) -> Params:
