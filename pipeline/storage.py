@@ -267,14 +267,17 @@ def check_store(address: str, *, key: str) -> None:
 def _store(scheme: str, bucket: str) -> pafs.FileSystem:
     if scheme == "s3":
         region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
-        if region is None and not (os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")):
-            region = pafs.resolve_s3_region(bucket)
+        endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+        if region is None:
+            region = "us-east-1" if endpoint else pafs.resolve_s3_region(bucket)  # a store of one's own does not mind
         return pafs.S3FileSystem(
-            region=region or "us-east-1",  # a store of one's own does not mind
+            region=region,
+            endpoint_override=endpoint,
             retry_strategy=pafs.AwsStandardS3RetryStrategy(max_attempts=STORE_ATTEMPTS),
             connect_timeout=5,
-            request_timeout=60,
+            request_timeout=20,
             background_writes=False,
+            allow_delayed_open=True,  # a small object is one request
         )
     return pafs.FileSystem.from_uri(f"{scheme}://{bucket}")[0]
 

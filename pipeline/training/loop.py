@@ -23,6 +23,16 @@ from pipeline.training.memory import keep_freed_memory
 from pipeline.training.step import global_gradient, slots_of_rank
 from pipeline.types import MetaState, TaskBatch
 
+# Metrics that tell of the machine and not of the training: a repeated step has others.
+CLOCK_METRICS = (
+    "tasks_per_second",
+    "step_seconds",
+    "all_reduce_seconds",
+    "compute_seconds_mean",
+    "compute_seconds_max",
+    "slowest_rank",
+)
+
 
 def train(context: Context, experiment: Experiment, run: RunFolder) -> None:
     """Train from the run's latest checkpoint, or from the start, to the last step.

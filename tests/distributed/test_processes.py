@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -15,47 +14,24 @@ import torch
 from pipeline import experiment as experiments
 from pipeline import launch, runs
 from pipeline.errors import TrainingStopped
-from pipeline.experiment import Experiment
 from pipeline.runs import RunFolder
 from pipeline.training import journal
 from pipeline.training.context import Context, run_processes
 from pipeline.training.evaluate import SELECTION_SEED, evaluate
 from pipeline.training.step import global_gradient, slots_of_rank
-from pipeline.types import MetaState, Params
+from pipeline.types import MetaState
+from tests.faults import (
+    DRIVER,
+    assert_same_end,
+    experiment,
+    final_params,
+    reached,
+    run_to_end,
+    wait_until,
+    worker_processes,
+)
 
 pytestmark = pytest.mark.distributed
-
-
-def experiment(runs_folder: Path, data: Path, **training: object) -> Experiment:
-    content = {
-        "name": "images",
-        "task": {"family": "images", "data": str(data), "split": "random", "n_query": 2, "eval_n_query": 2},
-        "model": {"name": "conv4", "hidden": 4, "downsample": "stride"},
-        "algorithm": {"name": "maml", "inner_lr": 0.1, "adaptation_steps": 2},
-        "training": {
-            "steps": 20,
-            "meta_batch_size": 8,
-            "backend": "processes",
-            "dtype": "float64",
-            "validate_every": 10,
-            **training,
-        },
-        "evaluation": {"validation_episodes": 7},
-        "tracking": {"runs": str(runs_folder)},
-    }
-    return experiments.from_dict(content, source="test")
-
-
-def run_to_end(exp: Experiment) -> RunFolder:
-    run, _ = runs.open_run(exp, data_digest=experiments.check_fits(exp))
-    launch.run_workers(exp, run)
-    return run
-
-
-def final_params(run: RunFolder) -> Params:
-    latest = run.checkpoints.latest()
-    assert latest is not None
-    return run.checkpoints.load_meta(latest).params
 
 
 def test_any_number_of_workers_gives_the_same_parameters(tiny_data: Path, tmp_path: Path) -> None:
@@ -103,23 +79,6 @@ def test_first_loss_in_float32_agrees_across_workers(tiny_data: Path, tmp_path: 
     assert abs(losses[0] - losses[1]) <= 1e-6 * abs(losses[0])
 
 
-DRIVER = """
-import sys
-from pathlib import Path
-from pipeline import experiment as experiments, launch, runs
-if __name__ == "__main__":  # the workers are spawned and import this file
-    exp = experiments.load(sys.argv[1])
-    run, resumed = runs.open_run(exp, data_digest=experiments.check_fits(exp))
-    print("resumed" if resumed else "new", flush=True)
-    launch.run_workers(exp, run)
-"""
-
-
-def children(pid: int) -> list[int]:
-    listing = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True).stdout
-    return [int(line) for line in listing.split()]
-
-
 def test_killed_and_resumed_is_bit_identical(tiny_data: Path, tmp_path: Path) -> None:
     """SIGKILL of the driver in the middle; its workers end too; the same command again; nothing differs at the end."""
     import yaml
@@ -135,38 +94,19 @@ def test_killed_and_resumed_is_bit_identical(tiny_data: Path, tmp_path: Path) ->
     undisturbed = run_to_end(experiments.load(config_file("undisturbed")))
 
     command = [sys.executable, str(script), str(config_file("killed"))]
+    killed = RunFolder(tmp_path / "killed" / "images" / "001")
     driver = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-    checkpoints = RunFolder(tmp_path / "killed" / "images" / "001").checkpoints
-    deadline = time.monotonic() + 120
-    while not checkpoints.folder.exists() or not checkpoints.steps() or checkpoints.steps()[-1] < 20:
-        assert time.monotonic() < deadline
-        assert driver.poll() is None, "ended before it could be killed"
-        time.sleep(0.01)
-    workers = children(driver.pid)
+    wait_until(lambda: reached(killed, 20), watch=driver)
+    workers = worker_processes(driver.pid)
     os.kill(driver.pid, signal.SIGKILL)
     driver.wait()
-    while any(Path(f"/proc/{pid}").exists() for pid in workers):
-        assert time.monotonic() < deadline, "workers outlive their driver"
-        time.sleep(0.01)
-    killed_at = checkpoints.steps()[-1]
-    assert killed_at < 60
+    wait_until(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers))  # they do not outlive their driver
+    assert not reached(killed, 60)
 
     again = subprocess.run(command, capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
     assert again.stdout.strip() == "resumed"
-    resumed = RunFolder(tmp_path / "killed" / "images" / "001")
-    ours, theirs = (run.checkpoints.load(60) for run in (resumed, undisturbed))
-    for name, value in theirs["params"].items():
-        assert torch.equal(ours["params"][name], value), name
-    for key, entry in theirs["optimizer"]["state"].items():
-        assert all(torch.equal(ours["optimizer"]["state"][key][k], v) for k, v in entry.items())
-
-    def without_clock(run: RunFolder) -> list[dict]:
-        hidden = ("time", "tasks_per_second")
-        return [{k: v for k, v in r.items() if k not in hidden} for r in journal.read(run.path / "metrics.jsonl")]
-
-    assert without_clock(resumed) == without_clock(undisturbed)  # no step's metrics lost, none twice
-    assert [record["step"] for record in without_clock(resumed)] == list(range(1, 61))
+    assert_same_end(killed, undisturbed)
 
 
 def test_nonfinite_steps_are_skipped_by_all_ranks_and_then_stop_the_run(tiny_data: Path, tmp_path: Path) -> None:

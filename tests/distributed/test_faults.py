@@ -1,0 +1,381 @@
+"""Every fault once, with real processes: after it the run ends as an undisturbed one does, bit for bit.
+
+Faults of Ray's workers, nodes and head are in tests/integration/test_ray_faults.py; many of them at random in
+tests/soak.py.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from pipeline import experiment as experiments
+from pipeline import launch, storage
+from pipeline.errors import DataError, StopRequested, TrainingStopped
+from pipeline.experiment import Experiment
+from pipeline.runs import RunFolder
+from pipeline.tasks import shards
+from pipeline.training import journal
+from pipeline.training.context import Context, run_processes
+from pipeline.training.loop import train_worker
+from tests.faults import (
+    DRIVER,
+    assert_same_end,
+    difference,
+    experiment,
+    final_params,
+    open_run,
+    reached,
+    run_to_end,
+    wait_until,
+    worker_processes,
+)
+from tests.servers.s3 import S3, s3_server
+
+pytestmark = pytest.mark.distributed
+
+FEW = {"steps": 12, "validate_every": 4, "num_workers": 2, "dtype": "float32"}  # for faults at a chosen moment
+MORE = {**FEW, "steps": 60, "validate_every": 10}  # for faults that take a moment to arrive
+
+
+@pytest.fixture(scope="module")
+def few(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    return run_to_end(experiment(tmp_path_factory.mktemp("few"), tiny_data, **FEW))
+
+
+@pytest.fixture(scope="module")
+def more(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> RunFolder:
+    return run_to_end(experiment(tmp_path_factory.mktemp("more"), tiny_data, **MORE))
+
+
+def in_background(work: Callable[[], object]) -> threading.Thread:
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    return thread
+
+
+# --- processes
+
+
+@pytest.mark.parametrize("victims", [slice(1, 2), slice(0, 1), slice(None)], ids=["rank 1", "rank 0", "all ranks"])
+def test_killed_workers_are_started_again(victims: slice, tiny_data: Path, tmp_path: Path, more: RunFolder) -> None:
+    exp = experiment(tmp_path, tiny_data, **MORE)
+    run = open_run(exp)
+
+    def kill() -> None:
+        wait_until(lambda: reached(run, 20))
+        for pid in worker_processes()[victims]:
+            os.kill(pid, signal.SIGKILL)
+            killed.append(pid)
+
+    killed: list[int] = []
+    killer = in_background(kill)
+    launch.run_workers(exp, run)
+    killer.join()
+    assert killed
+    assert_same_end(run, more)
+
+
+def killed_while_writing(context: Context, content: dict, run_path: str, moment: str) -> None:
+    """Rank 0 dies in the midst of its second checkpoint."""
+    writes = {"n": 0}
+    rename, sync = os.rename, storage.sync
+
+    def die_at(here: str) -> None:
+        if context.rank == 0 and writes["n"] == 2 and here == moment:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def counted_sync(path: Path) -> None:
+        if path.name == "state.pt":
+            writes["n"] += 1
+            die_at("half of the files written")
+        sync(path)
+
+    def counted_rename(old: Path, new: Path) -> None:
+        die_at("before the rename")
+        rename(old, new)
+        die_at("after the rename")
+
+    storage.sync, os.rename = counted_sync, counted_rename
+    train_worker(context, content, run_path)
+
+
+@pytest.mark.parametrize("moment", ["half of the files written", "before the rename", "after the rename"])
+def test_killed_during_a_checkpoint_write(moment: str, tiny_data: Path, tmp_path: Path, few: RunFolder) -> None:
+    exp = experiment(tmp_path, tiny_data, **FEW)
+    run = open_run(exp)
+    with pytest.raises(TrainingStopped, match="worker 0 ended with exit code -9"):
+        run_processes(killed_while_writing, exp.to_dict(), str(run.path), moment, num_workers=2)
+    assert run.checkpoints.latest() == (8 if moment == "after the rename" else 4)
+    launch.run_workers(exp, run)
+    assert_same_end(run, few)
+
+
+def driver(exp: Experiment, folder: Path) -> list[str]:
+    (folder / "driver.py").write_text(DRIVER)
+    (folder / "experiment.yaml").write_text(yaml.safe_dump(exp.to_dict()))
+    return [sys.executable, str(folder / "driver.py"), str(folder / "experiment.yaml")]
+
+
+@pytest.mark.parametrize("backend", ["processes", "local"])
+def test_sigterm_writes_a_checkpoint_and_ends(backend: str, tiny_data: Path, tmp_path: Path, more: RunFolder) -> None:
+    """A spot machine's notice: a checkpoint of the step it has reached, exit code 143; the same command goes on."""
+    changed = {"backend": backend, "num_workers": 1 if backend == "local" else 2, "validate_every": 1000}
+    exp = experiment(tmp_path, tiny_data, **{**MORE, **changed})
+    command = driver(exp, tmp_path)
+    run = RunFolder(tmp_path / "images" / "001")
+    process = subprocess.Popen(command)
+    wait_until(lambda: len(journal.read(run.journal)) > 5, watch=process)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 143
+    stopped_at = run.checkpoints.latest()
+    assert stopped_at is not None
+    assert 5 < stopped_at < 60
+    assert len(journal.read(run.journal)) == stopped_at, "every step's metrics are there"
+    assert subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip() == "resumed"
+    if backend == "processes":  # validated at other steps, so only the parameters can be compared
+        assert all(torch.equal(value, final_params(more)[name]) for name, value in final_params(run).items())
+
+
+def test_sigterm_to_one_worker_stops_all_with_a_checkpoint(tiny_data: Path, tmp_path: Path, more: RunFolder) -> None:
+    exp = experiment(tmp_path, tiny_data, **MORE)
+    run = open_run(exp)
+
+    def terminate() -> None:
+        wait_until(lambda: len(journal.read(run.journal)) > 5)
+        os.kill(worker_processes()[-1], signal.SIGTERM)
+
+    terminator = in_background(terminate)
+    with pytest.raises(StopRequested, match="stopped on request at outer step"):
+        launch.run_workers(exp, run)
+    terminator.join()
+    launch.run_workers(exp, run)
+    assert_same_end(run, more)
+
+
+def slow_rank(context: Context, content: dict, run_path: str) -> None:
+    """Rank 1 computes ten times as long as the others do."""
+    from pipeline.algorithms.maml import MAML
+
+    meta_grad = MAML.meta_grad
+
+    def slowly(*args, **kwargs):  # type: ignore[no-untyped-def]
+        if context.rank == 1:
+            time.sleep(0.2)
+        return meta_grad(*args, **kwargs)
+
+    MAML.meta_grad = slowly  # type: ignore[method-assign]
+    train_worker(context, content, run_path)
+
+
+def test_a_straggler_is_told_and_changes_nothing(tiny_data: Path, tmp_path: Path, few: RunFolder) -> None:
+    exp = experiment(tmp_path, tiny_data, **FEW)
+    run = open_run(exp)
+    run_processes(slow_rank, exp.to_dict(), str(run.path), num_workers=2)
+    assert_same_end(run, few)
+    records = journal.read(run.journal)
+    assert all(record["slowest_rank"] == 1 for record in records)
+    assert all(record["compute_seconds_max"] - record["compute_seconds_mean"] > 0.05 for record in records)
+    assert all(record["all_reduce_seconds"] > 0.1 for record in records), "rank 0 waits for it"
+
+
+def test_workers_leave_and_join(tiny_data: Path, tmp_path: Path) -> None:
+    """Three workers, then one, then four, then two: float64, 50 steps, ≤ 1e-10 of the undisturbed run."""
+    training = {"steps": 50, "validate_every": 10}
+    undisturbed = run_to_end(experiment(tmp_path / "undisturbed", tiny_data, **training, num_workers=2))
+    for workers, until in ((3, 10), (1, 20), (4, 30), (2, 50)):
+        exp = experiment(tmp_path / "elastic", tiny_data, **training, num_workers=workers)
+        run = open_run(exp)
+
+        def stop(run: RunFolder = run, until: int = until) -> None:
+            wait_until(lambda: reached(run, until))
+            os.kill(worker_processes()[0], signal.SIGTERM)
+
+        if until == 50:
+            launch.run_workers(exp, run)
+        else:
+            stopper = in_background(stop)
+            with pytest.raises(StopRequested):
+                launch.run_workers(exp, run)
+            stopper.join()
+    assert difference(final_params(run), final_params(undisturbed)) <= 1e-10
+
+
+# --- numbers
+
+
+def nan_at_step_5(context: Context, content: dict, run_path: str, everywhere: bool) -> None:
+    """One rank's meta-gradient is not finite once, or (the reference) every rank leaves that step out."""
+    from pipeline.algorithms.maml import MAML
+
+    meta_grad = MAML.meta_grad
+
+    def spoilt(self, state, batch, *, step):  # type: ignore[no-untyped-def]
+        if step == 5 and (everywhere or context.rank == 1):
+            batch = batch._replace(query_x=batch.query_x * float("nan"))
+        return meta_grad(self, state, batch, step=step)
+
+    MAML.meta_grad = spoilt  # type: ignore[method-assign]
+    train_worker(context, content, run_path)
+
+
+def test_nan_on_one_rank_skips_the_step_on_all(tiny_data: Path, tmp_path: Path) -> None:
+    ends = []
+    for everywhere in (False, True):
+        exp = experiment(tmp_path / str(everywhere), tiny_data, **FEW)
+        run = open_run(exp)
+        run_processes(nan_at_step_5, exp.to_dict(), str(run.path), everywhere, num_workers=2)
+        ends.append(run)
+    assert_same_end(*ends)
+    assert [record["skipped_steps"] for record in journal.read(ends[0].journal)] == [0] * 5 + [1] * 7
+
+
+# --- storage
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 300 KB."""
+    folder = tmp_path / "small"
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(folder)], capture_output=True)
+    if mounted.returncode:
+        pytest.skip(f"no small file system can be mounted here: {mounted.stderr.decode().strip()}")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk_stops_the_run_and_room_lets_it_go_on(
+    small_disk: Path, tiny_data: Path, tmp_path: Path, more: RunFolder
+) -> None:
+    exp = experiment(small_disk, tiny_data, **MORE)
+    run = open_run(exp)
+
+    def fill() -> None:
+        wait_until(lambda: reached(run, 20))
+        with (small_disk / "filler").open("wb", buffering=0) as stream, suppress(OSError):
+            while True:
+                stream.write(bytes(1024))
+
+    filler = in_background(fill)
+    with pytest.raises(TrainingStopped, match=r"No space left.*The checkpoint of step \d+ is whole.*Make room"):
+        launch.run_workers(exp, run)
+    filler.join()
+    kept = run.checkpoints.latest()
+    assert kept is not None
+    run.checkpoints.load(kept)  # whole
+    (small_disk / "filler").unlink()
+    launch.run_workers(exp, run)
+    assert_same_end(run, more)
+
+
+def test_a_shard_damaged_during_the_run_is_named_and_repaired(tiny_data: Path, tmp_path: Path, more: RunFolder) -> None:
+    """Read from the mapped file as it trains: the damage is met by the rank that draws that class."""
+    data = tmp_path / "data"
+    shutil.copytree(tiny_data, data)
+    content = experiment(tmp_path / "runs", data, **MORE).to_dict()
+    content["task"]["memory_limit_mb"] = 0
+    exp = experiments.from_dict(content, source="test")
+    run = open_run(exp)
+    shard = data / shards.read_manifest(data).shards[0].file
+    whole = shard.read_bytes()
+
+    def damage() -> None:
+        wait_until(lambda: reached(run, 20))
+        with shard.open("r+b") as stream:
+            for position in range(len(whole) // 10, len(whole) * 8 // 10, 200):
+                stream.seek(position)
+                stream.write(bytes([whole[position] ^ 0xFF]))
+
+    damager = in_background(damage)
+    with pytest.raises(DataError, match=f"{shard}: row group .* cannot be read"):
+        launch.run_workers(exp, run)
+    damager.join()
+    assert not reached(run, 60)
+    with pytest.raises(DataError, match="is damaged"):
+        experiments.check_fits(exp)
+    shard.write_bytes(whole)
+    launch.run_workers(exp, run)
+    assert_same_end(run, more)
+
+
+@pytest.fixture(scope="module")
+def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3]:
+    with s3_server(tmp_path_factory.mktemp("s3")) as server:
+        yield server
+
+
+def test_data_and_run_in_a_store_that_fails_one_request_in_ten(
+    s3: S3, tiny_data: Path, tmp_path: Path, more: RunFolder
+) -> None:
+    """Refused requests and lost answers while data is read and checkpoints and metrics are written, and a SIGKILL."""
+    data = storage.location(f"s3://{s3.bucket}/data/tiny")
+    storage.copy_folder(tiny_data, data, last=shards.MANIFEST)
+    assert shards.verify(data) == shards.read_manifest(tiny_data)
+    exp = experiment(f"s3://{s3.bucket}/runs", str(data), **MORE)
+    run = RunFolder(f"s3://{s3.bucket}/runs/images/001")
+    command = driver(exp, tmp_path)
+    s3.fail(0.1)
+    try:
+        process = subprocess.Popen(command)
+        wait_until(lambda: reached(run, 20), watch=process)
+        process.kill()
+        process.wait()
+        subprocess.run(command, check=True, timeout=200)
+    finally:
+        s3.fail(0.0)
+    assert s3.count("refused") > 3
+    assert s3.count("lost") > 3
+    assert_same_end(run, more)
+    assert [path.name for path in run.path.iterdir()] == ["checkpoints", "config.yaml", "metrics.jsonl", "run.json"]
+
+
+def test_a_store_that_cannot_be_written_is_told_before_anything_starts(s3: S3, tiny_data: Path) -> None:
+    from pipeline import runs
+    from pipeline.errors import ConfigError
+
+    exp = experiment(f"s3://no-such-{s3.bucket}/runs", tiny_data)
+    with (
+        pytest.raises(ConfigError, match=r"tracking\.runs=s3://no-such-bucket/runs/images: cannot be written"),
+        runs.claimed(runs.runs_of(exp)),
+    ):
+        pass
+
+
+HOLDER = """
+import sys, time
+from pipeline.runs import claimed
+from pipeline.storage import location
+with claimed(location(sys.argv[1])):
+    print("held", flush=True)
+    time.sleep(600)
+"""
+
+
+def test_one_process_at_a_time_works_on_a_name_in_a_store(s3: S3) -> None:
+    from pipeline import runs
+    from pipeline.errors import ConfigError
+
+    address = f"s3://{s3.bucket}/runs/claimed"
+    with subprocess.Popen([sys.executable, "-c", HOLDER, address], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        try:
+            assert process.stdout.readline() == b"held\n"
+            with pytest.raises(ConfigError, match="another process"), runs.claimed(storage.location(address)):
+                pass
+        finally:
+            process.kill()
+    with runs.claimed(storage.location(address)):  # its process is gone
+        pass
