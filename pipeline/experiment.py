@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 import torch
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, field_serializer, field_validator, model_validator
 
 from pipeline import config
 from pipeline.algorithms import ALGORITHMS
@@ -59,6 +59,10 @@ class TrainingConfig(Section):
         if len(numbers) != 2 or numbers[0] > numbers[1]:
             raise ValueError("should be two numbers, [fewest, most]")
         return (numbers[0], numbers[1])
+
+    @field_serializer("num_workers")
+    def _as_it_was_given(self, value: int | tuple[int, int]) -> int | list[int]:
+        return value if isinstance(value, int) else list(value)
 
     @model_validator(mode="after")
     def _every_worker_has_a_slot(self) -> TrainingConfig:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 AUTOSCALING_VARIABLE = "METAPIPE_AUTOSCALING"  # the cluster adds nodes on demand: do not refuse what it has no room for
 SIGNAL_SECONDS = 0.5
+CONTROLLER_FAILURES = 20  # groups that found no room in time, before the run is given up; Ray's own default is never
 
 
 def run_workers(experiment: Experiment, run: RunFolder) -> None:
@@ -117,7 +118,10 @@ def _run_ray_train(experiment: Experiment, run: RunFolder) -> None:
     import ray.train
 
     _check_room(experiment)
-    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", "120")
+    training = experiment.training
+    elastic = training.min_workers < training.max_workers
+    # Ray may count on a node for a while after it is gone: with fewer workers allowed it should soon try those
+    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = "15" if elastic else "120"
     trainer = _trainer(experiment, run)
     with StopSignals(run.request_stop) as signals, ThreadPoolExecutor(1, thread_name_prefix="ray-train") as pool:
         # in a thread of its own: in the main one Ray would put its handler in the place of ours
@@ -162,7 +166,7 @@ def _trainer(experiment: Experiment, run: RunFolder) -> TorchTrainer:
             name=secrets.token_hex(4),
             storage_path=str(run.path / "ray"),
             failure_config=FailureConfig(  # type: ignore[call-arg]  # V2's, behind V1's stub
-                max_failures=training.max_failures, controller_failure_limit=3
+                max_failures=training.max_failures, controller_failure_limit=CONTROLLER_FAILURES
             ),
         ),
         torch_config=TorchConfig(timeout_s=int(PROCESS_TIMEOUT.total_seconds())),
@@ -199,8 +203,8 @@ def _ray_worker(config: dict[str, Any]) -> None:
     try:
         train_worker(context, config["experiment"], config["run"])
     except StopRequested as error:
-        if context.preempted:
-            raise  # Ray starts the group again on other nodes
+        if not context.asked_by_driver():
+            raise  # a node is being taken away: Ray starts the group again on others
         _note(run, context, error)
     except TrainingStopped as error:
         _note(run, context, error)  # every rank agrees on it; raising would only make Ray start the group again

@@ -162,14 +162,20 @@ class RayContext(_DistributedContext):
                 gauge.set(metrics[name])
 
     def stop_requested(self) -> bool:
-        return self._stop.is_set() or self.preempted
+        return self._stop.is_set() or self._preempted()
 
-    @property
-    def preempted(self) -> bool:
-        """Whether a node of the group is being taken away (Ray drains it): the group will be started elsewhere."""
-        import ray.train
+    def asked_by_driver(self) -> bool:
+        """Whether it is the driver that asked to end. Called by every rank, all of which get the answer of rank 0."""
+        answer = torch.tensor([float(self._stop.is_set())], device=self.device)
+        self.all_reduce(answer)
+        return bool(answer)
 
-        return ray.train.get_preemption_info() is not None
+    def _preempted(self) -> bool:
+        """Whether a node of the group is being taken away (Ray drains it)."""
+        # what this rank was told; the public `ray.train.get_preemption_info` is a barrier of all ranks, over an actor
+        from ray.train.v2._internal.execution.context import get_train_context
+
+        return get_train_context().preemption_context.preemption_info is not None
 
     def _watch(self, stop_file: Location) -> None:
         while not self._stop.wait(STOP_POLL_SECONDS):

@@ -31,6 +31,7 @@ CLOCK_METRICS = (
     "compute_seconds_mean",
     "compute_seconds_max",
     "slowest_rank",
+    "num_workers",
 )
 
 
@@ -168,6 +169,7 @@ def _outer_step(
     metrics["all_reduce_seconds"] = gradient.all_reduce_seconds
     metrics["compute_seconds_mean"] = sum(gradient.compute_seconds) / len(gradient.compute_seconds)
     metrics["compute_seconds_max"] = max(gradient.compute_seconds)
+    metrics["num_workers"] = context.world_size
     metrics["slowest_rank"] = gradient.compute_seconds.index(max(gradient.compute_seconds))
     return metrics, gradient.stop
 

@@ -1,0 +1,93 @@
+"""A real Ray cluster whose nodes are killed and added at a word: raylets of their own at one address."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+# The head runs no workers. `kill` is SIGKILL of a raylet, `kill head` of everything the head runs.
+HOLDER = """
+import sys
+from ray.cluster_utils import Cluster
+from ray._raylet import GcsClient
+
+small = {"object_store_memory": 80_000_000, "include_dashboard": False}
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **small})
+nodes = []
+print(cluster.address, flush=True)
+for line in sys.stdin:
+    match line.split():
+        case ["add"]:
+            nodes.append(cluster.add_node(num_cpus=1, object_store_memory=80_000_000))
+        case ["kill"]:
+            cluster.remove_node(nodes.pop(), allow_graceful=False)
+        case ["drain"]:
+            import time
+            client = GcsClient(address=cluster.address)
+            client.drain_node(nodes[-1].node_id, 2, "the machine is taken back", int((time.time() + 60) * 1000))
+    print("done", flush=True)
+cluster.shutdown()
+"""
+
+
+class Nodes:
+    """The cluster; every method returns when it has happened."""
+
+    def __init__(self, process: subprocess.Popen[str], environment: dict[str, str]) -> None:
+        self._process = process
+        self.environment = environment  # of a driver
+
+    def add(self) -> None:
+        self._tell("add")
+
+    def kill(self) -> None:
+        """SIGKILL the node that was added last; its workers go with it."""
+        self._tell("kill")
+
+    def drain(self) -> None:
+        """Announce that the node that was added last will be taken away in a minute."""
+        self._tell("drain")
+
+    def kill_all(self) -> None:
+        """SIGKILL the head and every node."""
+        os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+
+    def _tell(self, words: str) -> None:
+        assert self._process.stdin is not None
+        assert self._process.stdout is not None
+        self._process.stdin.write(words + "\n")
+        self._process.stdin.flush()
+        answer = self._process.stdout.readline().strip()
+        assert answer == "done", f"{words}: {answer or 'the cluster ended'}"
+
+
+@contextmanager
+def ray_nodes(count: int) -> Iterator[Nodes]:
+    """A head and `count` nodes of one CPU until the block ends."""
+    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_USAGE_STATS_ENABLED": "0"}
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | token
+    process = subprocess.Popen(
+        [sys.executable, "-c", HOLDER],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+        env=environment,
+        start_new_session=True,
+    )
+    assert process.stdout is not None
+    try:
+        nodes = Nodes(process, environment | {"RAY_ADDRESS": process.stdout.readline().strip()})
+        for _ in range(count):
+            nodes.add()
+        yield nodes
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
