@@ -117,13 +117,13 @@ def test_one_run_through_every_fault_of_a_cluster(tiny_data: Path, tmp_path: Pat
 
 
 def test_workers_leave_and_join(tiny_data: Path, tmp_path: Path) -> None:
-    """One to two workers, as there are nodes: float64, ≤ 1e-10 of the undisturbed run."""
-    training = {"steps": 200, "validate_every": 5, "dtype": "float64"}
+    """One to two workers, as there are nodes: float64, 50 steps, ≤ 1e-10 of the undisturbed run."""
+    training = {"steps": 50, "validate_every": 2, "dtype": "float64", "meta_batch_size": 64}
     reference = run_to_end(experiment(tmp_path / "reference", tiny_data, **{**TRAINING, **training}))
     with ray_nodes(2) as nodes:
         ours = driver(tiny_data, tmp_path / "elastic", nodes, **training, num_workers=[1, 2], resize_seconds=2)
         process = ours.start()
-        wait_until(lambda: reached(ours.run, 10), watch=process)
+        wait_until(lambda: reached(ours.run, 4), watch=process)
         nodes.kill()
         wait_until(lambda: ours.workers_seen()[-1] == 1, watch=process)
         nodes.add()
