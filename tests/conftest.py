@@ -78,12 +78,9 @@ def postgres_server() -> Iterator[postgres.Postgres]:
 def mlflow_on_postgres(
     postgres_server: postgres.Postgres, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[mlflow_server.MlflowServer, mlflow_server.Account]]:
-    """One MLflow server for the session, on PostgreSQL, with basic auth on; and its administrator."""
+    """One MLflow server for the session as infra/ ships it, on PostgreSQL with basic auth; its administrator."""
     admin = mlflow_server.Account()
-    with mlflow_server.running(
-        tmp_path_factory.mktemp("mlflow-server"),
-        backend_store=postgres_server.create_database("mlflow"),
-        auth_database=postgres_server.create_database("mlflow_users"),
-        admin=admin,
-    ) as server:
+    folder = tmp_path_factory.mktemp("mlflow-server")
+    postgres_server.create_database("mlflow")
+    with mlflow_server.shipped(folder, postgres=postgres_server, database="mlflow", admin=admin) as server:
         yield server, admin

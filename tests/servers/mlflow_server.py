@@ -13,6 +13,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from tests.servers import process
+from tests.servers.postgres import HOST, USER, Postgres
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+BIN = Path(sys.executable).parent
 
 
 @dataclass(frozen=True)
@@ -61,12 +65,9 @@ def running(
     """
     folder.mkdir(parents=True, exist_ok=True)
     port = port or process.free_port(host)
-    server = MlflowServer(f"http://{host}:{port}", folder / "server.log")
-    command = [*prefix, str(Path(sys.executable).with_name("mlflow")), "server", "--host", host, "--port", str(port)]
-    command += ["--workers", "1", "--artifacts-destination", artifacts or str(folder / "artifacts")]
+    command = [*prefix, str(BIN / "mlflow"), "server", "--host", host, "--port", str(port), "--workers", "1"]
+    command += ["--artifacts-destination", artifacts or str(folder / "artifacts")]
     settings = {
-        **{k: v for k, v in os.environ.items() if not k.startswith("MLFLOW_")},
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",  # mlflow looks for uvicorn there
         "MLFLOW_DISABLE_TELEMETRY": "true",
         "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
         # by the environment, since everyone on a machine sees its processes' arguments
@@ -78,21 +79,57 @@ def running(
         config.touch(mode=0o600)
         config.write_text(f"[mlflow]\ndefault_permission = READ\ndatabase_uri = {users.replace('%', '%%')}\n")
         command += ["--app-name", "basic-auth"]
-        settings |= {
-            "MLFLOW_AUTH_CONFIG_PATH": str(config),
-            "MLFLOW_AUTH_ADMIN_USERNAME": admin.name,
-            "MLFLOW_AUTH_ADMIN_PASSWORD": admin.password,
-            "MLFLOW_FLASK_SERVER_SECRET_KEY": secrets.token_hex(32),
-        }
-    with process.running(
-        command, answers=lambda: _answers(f"{server.url}/health"), log=server.log, env={**settings, **(env or {})}
-    ):
+        settings |= {"MLFLOW_AUTH_CONFIG_PATH": str(config), **_secrets(admin)}
+    with _answering(f"http://{host}:{port}", command, folder / "server.log", {**settings, **(env or {})}) as server:
         yield server
 
 
-def _answers(address: str) -> bool:
+@contextmanager
+def shipped(
+    folder: Path, *, postgres: Postgres, database: str, admin: Account, env: Mapping[str, str] | None = None
+) -> Iterator[MlflowServer]:
+    """`infra/mlflow/serve.sh` as it is shipped, on an existing, own database; artifacts lie in `folder`.
+
+    `env` overrides its settings; an S3 store, for example.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    port = process.free_port()
+    settings = {
+        "PGHOST": HOST,
+        "PGPORT": str(postgres.port),
+        "PGDATABASE": database,
+        "PGUSER": USER,
+        "PGPASSWORD": postgres.password,
+        "MLFLOW_ARTIFACTS_DESTINATION": str(folder / "artifacts"),
+        "MLFLOW_PORT": str(port),
+        **_secrets(admin),
+        **(env or {}),
+        "MLFLOW_WORKERS": "1",
+    }
+    command = [str(REPOSITORY / "infra" / "mlflow" / "serve.sh")]
+    with _answering(f"http://127.0.0.1:{port}", command, folder / "server.log", settings) as server:
+        yield server
+
+
+def _secrets(admin: Account) -> dict[str, str]:
+    return {
+        "MLFLOW_AUTH_ADMIN_USERNAME": admin.name,
+        "MLFLOW_AUTH_ADMIN_PASSWORD": admin.password,
+        "MLFLOW_FLASK_SERVER_SECRET_KEY": secrets.token_hex(32),
+    }
+
+
+@contextmanager
+def _answering(url: str, command: list[str], log: Path, settings: Mapping[str, str]) -> Iterator[MlflowServer]:
+    env = {k: v for k, v in os.environ.items() if not k.startswith(("MLFLOW_", "PG"))}
+    env["PATH"] = f"{BIN}{os.pathsep}{os.environ['PATH']}"  # mlflow looks for uvicorn there
+    with process.running(command, answers=lambda: _healthy(url), log=log, env={**env, **settings}):
+        yield MlflowServer(url, log)
+
+
+def _healthy(url: str) -> bool:
     try:
-        urllib.request.urlopen(address, timeout=2).close()
+        urllib.request.urlopen(f"{url}/health", timeout=2).close()
     except (urllib.error.URLError, OSError):
         return False
     return True

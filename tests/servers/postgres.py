@@ -94,8 +94,8 @@ def running() -> Iterator[Postgres]:
 
 
 def _initialize(programs: Path, folder: Path, user: int | None) -> None:
-    command = [str(programs / "initdb"), "-D", str(folder / "data"), "-U", USER, "-E", "UTF8", "--locale=C", "--no-sync"]
-    command += ["--auth=scram-sha-256", f"--pwfile={folder / 'password'}"]
+    command = [str(programs / "initdb"), "-D", str(folder / "data"), "-U", USER, "-E", "UTF8", "--locale=C"]
+    command += ["--auth=scram-sha-256", f"--pwfile={folder / 'password'}", "--no-sync"]
     if user is None:
         done = subprocess.run(command, capture_output=True, text=True, cwd=folder)
     else:
