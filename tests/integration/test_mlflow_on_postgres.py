@@ -6,6 +6,7 @@ import base64
 import json
 import os
 import subprocess
+import sys
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -18,6 +19,7 @@ from mlflow.server.auth.client import AuthServiceClient
 
 from pipeline import serving, workflow
 from pipeline.errors import TrackingError
+from tests.conftest import REPOSITORY
 from tests.integration.conftest import STEPS, images_experiment
 from tests.servers import mlflow_server
 from tests.servers.mlflow_server import Account, MlflowServer
@@ -52,6 +54,34 @@ def use(server: MlflowServer, account: Account | None, monkeypatch: pytest.Monke
     mlflow.set_tracking_uri(server.url)
 
 
+def s3_client(object_store: dict[str, str]):
+    import boto3
+
+    return boto3.client(
+        "s3",
+        endpoint_url=object_store["AWS_ENDPOINT_URL"],
+        region_name=object_store["AWS_REGION"],
+        aws_access_key_id=object_store["AWS_ACCESS_KEY_ID"],
+        aws_secret_access_key=object_store["AWS_SECRET_ACCESS_KEY"],
+    )
+
+
+def prepare(server: MlflowServer, admin: Account, user: Account, object_store: dict[str, str]) -> None:
+    """What compose runs once."""
+    env = {
+        **os.environ,
+        **object_store,
+        **server.env(user),
+        "MLFLOW_ADMIN_USERNAME": admin.name,
+        "MLFLOW_ADMIN_PASSWORD": admin.password,
+        "BUCKET": "metapipe",
+    }
+    script = REPOSITORY / "infra" / "compose" / "prepare.py"
+    done = subprocess.run([sys.executable, str(script)], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert user.password not in done.stdout + done.stderr
+
+
 @pytest.fixture(autouse=True)
 def own_tracking_uri():
     yield
@@ -80,15 +110,19 @@ def test_nobody_gets_in_without_a_password(mlflow_on_postgres: tuple[MlflowServe
 def test_a_user_trains_and_registers(
     mlflow_on_postgres: tuple[MlflowServer, Account],
     postgres_server: Postgres,
+    object_store: dict[str, str],
     image_data: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """The bucket and the user are made by compose's `prepare` service."""
     server, admin = mlflow_on_postgres
     user, other = Account("ada"), Account("ben")
+    for account in (Account("ada", "her first password"), user):  # the second time, another password
+        prepare(server, admin, account, object_store)
     use(server, admin, monkeypatch)
-    for account in (user, other):
-        AuthServiceClient(server.url).create_user(account.name, account.password)
+    AuthServiceClient(server.url).create_user(other.name, other.password)
+    assert status(f"{server.url}/api/2.0/mlflow/users/get?username=ben", user) == 403  # not an administrator
 
     use(server, user, monkeypatch)
     exp = images_experiment(tmp_path, image_data, backend="local", num_workers=1)
@@ -105,6 +139,8 @@ def test_a_user_trains_and_registers(
     assert sorted(step for (step,) in rows) == list(range(1, STEPS + 1))
     versions = postgres_server.query("mlflow", "select version from model_versions where name = 'on-postgres'")
     assert versions == [(1,)]
+    pages = s3_client(object_store).list_objects_v2(Bucket="metapipe", Prefix="mlflow/")
+    assert any(entry["Key"].endswith(".safetensors") for entry in pages["Contents"])
 
     # another user reads, and changes nothing
     use(server, other, monkeypatch)
