@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -39,9 +40,11 @@ def running(
     not answer within two minutes.
     """
     identity = {} if user is None else {"user": user, "group": _group_of(user), "extra_groups": []}
+    # where this process is killed, the kernel sends the signal in its place
+    tied = [shutil.which("setpriv"), "--pdeathsig", stop.name.removeprefix("SIG"), "--"]
     with log.open("wb") as stream:
         process = subprocess.Popen(
-            list(command),
+            [*(word for word in tied if tied[0]), *command],
             env=dict(os.environ if env is None else env),
             stdin=subprocess.DEVNULL,
             stdout=stream,
