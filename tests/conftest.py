@@ -9,6 +9,7 @@ import pytest
 from pipeline.datasets.source import RawClass
 from pipeline.tasks import shards
 from pipeline.types import SPLITS, Split
+from tests.servers import mlflow_server, moto_server, postgres
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -61,3 +62,36 @@ def omniglot_zips() -> Path:
     if not (folder / "images_background.zip").is_file():
         pytest.skip(f"the real Omniglot archives are not at {folder}")
     return folder
+
+
+@pytest.fixture(scope="session")
+def postgres_server() -> Iterator[postgres.Postgres]:
+    """One PostgreSQL for the session; make databases of your own in it."""
+    reason = postgres.why_not()
+    if reason is not None:
+        pytest.skip(reason)
+    with postgres.running() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def object_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """A real S3 endpoint of the session's own, with no bucket yet; what the environment of its clients needs."""
+    with moto_server.running(tmp_path_factory.mktemp("object-store")) as env:
+        yield env
+
+
+@pytest.fixture(scope="session")
+def mlflow_on_postgres(
+    postgres_server: postgres.Postgres, object_store: dict[str, str], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[mlflow_server.MlflowServer, mlflow_server.Account]]:
+    """One MLflow server for the session as infra/ ships it, on PostgreSQL and S3 with basic auth; its administrator.
+
+    The bucket `metapipe`, which its artifacts go to, is made by the test that needs it.
+    """
+    admin = mlflow_server.Account()
+    folder = tmp_path_factory.mktemp("mlflow-server")
+    postgres_server.create_database("mlflow")
+    env = {**object_store, "MLFLOW_ARTIFACTS_DESTINATION": "s3://metapipe/mlflow"}
+    with mlflow_server.shipped(folder, postgres=postgres_server, database="mlflow", admin=admin, env=env) as server:
+        yield server, admin

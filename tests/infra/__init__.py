@@ -1,0 +1,1 @@
+"""What infra/ ships, checked without a cluster."""
