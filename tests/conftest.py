@@ -9,6 +9,7 @@ import pytest
 from pipeline.datasets.source import RawClass
 from pipeline.tasks import shards
 from pipeline.types import SPLITS, Split
+from tests.servers import mlflow_server, postgres
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -61,3 +62,28 @@ def omniglot_zips() -> Path:
     if not (folder / "images_background.zip").is_file():
         pytest.skip(f"the real Omniglot archives are not at {folder}")
     return folder
+
+
+@pytest.fixture(scope="session")
+def postgres_server() -> Iterator[postgres.Postgres]:
+    """One PostgreSQL for the session; make databases of your own in it."""
+    reason = postgres.why_not()
+    if reason is not None:
+        pytest.skip(reason)
+    with postgres.running() as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def mlflow_on_postgres(
+    postgres_server: postgres.Postgres, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[mlflow_server.MlflowServer, mlflow_server.Account]]:
+    """One MLflow server for the session, on PostgreSQL, with basic auth on; and its administrator."""
+    admin = mlflow_server.Account()
+    with mlflow_server.running(
+        tmp_path_factory.mktemp("mlflow-server"),
+        backend_store=postgres_server.create_database("mlflow"),
+        auth_database=postgres_server.create_database("mlflow_users"),
+        admin=admin,
+    ) as server:
+        yield server, admin
