@@ -6,8 +6,6 @@ from datetime import datetime, timedelta
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.markup import escape
-from rich.table import Table
 
 from jobs import console
 
@@ -43,11 +41,10 @@ def list_jobs(address: Address = None, json: console.Json = False) -> None:
         if not jobs:
             console.out.print(f"no jobs at {cluster.address}", soft_wrap=True)
             return
-        table = Table("job", "status", "command", "started", "duration")
         for job in jobs:
-            duration = "" if job.seconds is None else str(timedelta(seconds=round(job.seconds)))
-            table.add_row(job.id, job.status, escape(job.command), _started(job), duration)
-        console.out.print(table)
+            duration = "not started" if job.seconds is None else str(timedelta(seconds=round(job.seconds)))
+            line = f"{job.id}  {job.status:9}  {_started(job)}  {duration}\n    {job.command}"
+            console.out.print(line, markup=False, highlight=False, soft_wrap=True)
 
     console.emit({"address": cluster.address, "jobs": [result(job) for job in jobs]}, as_json=json, show=show)
 

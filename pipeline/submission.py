@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import shlex
 import socket
@@ -259,6 +260,7 @@ def _client(address: str) -> JobSubmissionClient:
             # Ray's own has no limit: a head behind a firewall would be waited for for minutes
             return super()._do_request(*args, **{"timeout": (CONNECT_SECONDS, ANSWER_SECONDS), **kwargs})
 
+    logging.getLogger("ray.dashboard").propagate = False  # says what it uploads, and when a connection closes
     before = os.environ.get("RAY_API_SERVER_ADDRESS")
     os.environ["RAY_API_SERVER_ADDRESS"] = address  # the environment would override the argument
     try:

@@ -13,7 +13,9 @@ import contextlib
 import os
 import random
 import shutil
+import signal
 import subprocess
+import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -68,6 +70,7 @@ def running(machines: int) -> Iterator[Network]:
             machine = Machine(f"{tag}n{number}", f"{subnet}.{number + 1}")
             _ip("netns", "add", machine.name)
             undo.callback(_forgive, "netns", "delete", machine.name)
+            undo.callback(_end_all, machine)
             here, there = f"{tag}v{number}", f"{tag}w{number}"
             _ip("link", "add", here, "type", "veth", "peer", "name", there, "netns", machine.name)
             undo.callback(_forgive, "link", "delete", here)
@@ -80,9 +83,20 @@ def running(machines: int) -> Iterator[Network]:
         yield Network(made, f"{subnet}.254")
 
 
-def _ip(*words: str) -> None:
+def _end_all(machine: Machine) -> None:
+    """End what still runs in a namespace: a server's children that outlived it."""
+    with contextlib.suppress(AssertionError):
+        while pids := _ip("netns", "pids", machine.name).split():
+            for pid in pids:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(int(pid), signal.SIGKILL)
+            time.sleep(0.1)
+
+
+def _ip(*words: str) -> str:
     done = subprocess.run(["ip", *words], capture_output=True, text=True)
     assert done.returncode == 0, f"`ip {' '.join(words)}`: {done.stderr.strip()}"
+    return done.stdout
 
 
 def _forgive(*words: str) -> None:

@@ -1,4 +1,8 @@
-"""A real Ray cluster of several nodes: `ray start --block`, one per machine of a network, with token authentication."""
+"""A real Ray cluster of several nodes: `ray start --block`, one per machine of a network, with token authentication.
+
+Each node keeps Ray's files under the same path, but in a folder of its own (a mount that only it sees): nodes that
+share one replace each other's unpacked working directories under the feet of their jobs.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +24,7 @@ from tests.servers.network import Machine
 
 PORT, DASHBOARD_PORT = 6379, 8265
 OBJECT_STORE_BYTES = 100_000_000
+MOUNT = ["sh", "-c", 'mount --bind "$0" "$1" && shift && exec "$@"']  # `ip netns exec` gives a mount namespace as well
 
 
 @dataclass(frozen=True)
@@ -40,9 +45,7 @@ class Cluster:
 
 
 @contextmanager
-def running(
-    machines: Sequence[Machine], *, env: Mapping[str, str], cpus_per_node: int = 1, pythonpath: Path | None = None
-) -> Iterator[Cluster]:
+def running(machines: Sequence[Machine], *, env: Mapping[str, str], cpus_per_node: int = 1) -> Iterator[Cluster]:
     """A node on each machine until the block ends; jobs may be submitted when it begins.
 
     env: added to the environment of every node, which is also that of its jobs.
@@ -59,19 +62,24 @@ def running(
         **env,
     }
     program = str(Path(sys.executable).with_name("ray"))
+    mounted = folder / "ray"
+    mounted.mkdir()
     common = [program, "start", "--block", "--disable-usage-stats", "--num-cpus", str(cpus_per_node)]
     common += ["--object-store-memory", str(OBJECT_STORE_BYTES)]
     head = machines[0]
     gcs = f"{head.address}:{PORT}"
-    start_head = ["--head", "--port", str(PORT), "--temp-dir", str(folder)]
+    start_head = ["--head", "--port", str(PORT), "--temp-dir", str(mounted)]
     start_head += ["--dashboard-host", head.address, "--dashboard-port", str(DASHBOARD_PORT)]
     with ExitStack() as undo:
         undo.callback(shutil.rmtree, folder, ignore_errors=True)
         for number, machine in enumerate(machines):
-            role = start_head if machine is head else ["--address", gcs]
+            own = folder / f"node{number}"
+            own.mkdir()
+            command = [*machine.prefix, *MOUNT, str(own), str(mounted), *common, "--node-ip-address", machine.address]
+            command += start_head if machine is head else ["--address", gcs]
             undo.enter_context(
                 process.running(
-                    [*machine.prefix, *common, "--node-ip-address", machine.address, *role],
+                    command,
                     answers=lambda number=number: _nodes(cluster) > number,
                     log=folder / f"node{number}.log",
                     env=settings,
