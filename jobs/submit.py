@@ -46,7 +46,7 @@ def submit(
         ),
     ] = False,
     check: Annotated[
-        bool, typer.Option("--check/--no-check", help="Ask the tracking server from here whether it answers.")
+        bool, typer.Option("--check/--no-check", help="Ask the tracking server and the object store from here.")
     ] = True,
     json: console.Json = False,
 ) -> None:
@@ -72,6 +72,8 @@ def submit(
     placement.check_addresses(environment, same_files=cluster.shares_files, same_network=cluster.shares_network)
     if check:
         placement.check_answers(environment)
+        if experiment:
+            placement.check_stores(experiment)
     if "MLFLOW_TRACKING_URI" not in environment:
         remarks.append("MLFLOW_TRACKING_URI is not set here: the one in the environment of the cluster's nodes is used")
     command = [packing.packed_name(config, project) if Path(word) == config else word for word in words]

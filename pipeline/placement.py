@@ -9,12 +9,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from pipeline import storage
 from pipeline.config import flatten
 from pipeline.errors import ConfigError, TrackingError
 from pipeline.experiment import Experiment
 from pipeline.job_environment import refuse_password
+from pipeline.tasks.shards import MANIFEST
 
 ANSWER_SECONDS = 5
+ONLY_THERE = "If only the cluster's nodes can reach it, say --no-check."
 
 
 def check_storage(experiment: Experiment) -> list[str]:
@@ -99,13 +102,33 @@ def check_addresses(environment: Mapping[str, str], *, same_files: bool, same_ne
                 "in the environment of the nodes."
             )
     uri = environment.get("MLFLOW_TRACKING_URI", "")
-    if uri and urlsplit(uri).scheme in ("", "file", "sqlite"):
+    if uri and urlsplit(uri).scheme in ("", "file", "sqlite") and not uri.startswith("databricks"):
         file = uri.removeprefix("sqlite:///")
         if not (same_files and uri.startswith("sqlite:///") and Path(file).is_absolute()):
             raise TrackingError(
                 f"MLFLOW_TRACKING_URI={uri}: a file on this machine, which the cluster does not have. Start a server "
                 "that its nodes reach (`mlflow server`, see infra/README.md) and give its http address."
             )
+
+
+def check_stores(experiment: Experiment) -> None:
+    """Whether data and runs in an object store are there and can be written, asked from here with this environment.
+
+    Raises ConfigError.
+    """
+    content = flatten(experiment.to_dict())
+    try:
+        storage.check_store(content["tracking.runs"], key="tracking.runs")
+    except ConfigError as error:
+        raise ConfigError(f"{error} {ONLY_THERE}") from error
+    data = storage.location(content.get("task.data", ""))
+    if isinstance(data, storage.ObjectPath):
+        try:
+            missing = not (data / MANIFEST).exists()
+        except OSError as error:
+            raise ConfigError(f"task.data={data}: the store does not answer ({error}). {ONLY_THERE}") from error
+        if missing:
+            raise ConfigError(f"task.data={data}: no such data set (it has no {MANIFEST}). {ONLY_THERE}")
 
 
 def check_answers(environment: Mapping[str, str]) -> None:
@@ -120,7 +143,7 @@ def check_answers(environment: Mapping[str, str]) -> None:
     except (urllib.error.URLError, OSError, ValueError) as error:
         raise TrackingError(
             f"MLFLOW_TRACKING_URI={uri}: no MLflow server answers there ({getattr(error, 'reason', error)}). Start it, "
-            "unset the variable if the cluster's nodes have their own, or say --no-check if only they can reach it."
+            f"or unset the variable if the cluster's nodes have their own. {ONLY_THERE}"
         ) from error
 
 
