@@ -18,8 +18,8 @@ import torch
 import yaml
 
 from pipeline import experiment as experiments
-from pipeline import workflow
-from pipeline.runs import JOURNAL_FILE, RunFolder
+from pipeline import launch
+from pipeline.runs import JOURNAL_FILE, RunFolder, open_run
 from pipeline.training import journal
 from tests.servers import mlflow_server, network, postgres, ray_nodes
 
@@ -177,11 +177,11 @@ def test_two_nodes_train_and_register_what_was_submitted_from_outside(
     run = RunFolder(site.project / "shared" / "runs" / "own-net" / "001")
     trained = run.checkpoints.load_meta(STEPS, torch.device("cpu"))
     monkeypatch.chdir(site.project)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'alone.db'}")
-    alone = _content(tmp_path, backend="local", num_workers=1) | {"seed": 3}
-    alone["tracking"]["register_model"] = False
-    outcome = workflow.train(experiments.from_dict(alone, source="test"), say=lambda _: None)
-    expected = outcome.run.checkpoints.load_meta(STEPS, torch.device("cpu"))
+    content = _content(tmp_path, backend="local", num_workers=1) | {"seed": 3}
+    experiment = experiments.from_dict(content, source="test").absolute()
+    alone, _ = open_run(experiment, data_digest="none")
+    launch.run_workers(experiment, alone)
+    expected = alone.checkpoints.load_meta(STEPS, torch.device("cpu"))
     for name, value in expected.params.items():
         torch.testing.assert_close(trained.params[name], value, rtol=1e-10, atol=1e-12)
 

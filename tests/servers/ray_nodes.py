@@ -10,6 +10,7 @@ import json
 import os
 import secrets
 import shutil
+import signal
 import sys
 import tempfile
 import urllib.error
@@ -83,6 +84,7 @@ def running(machines: Sequence[Machine], *, env: Mapping[str, str], cpus_per_nod
                     answers=lambda number=number: _nodes(cluster) > number,
                     log=folder / f"node{number}.log",
                     env=settings,
+                    stop=signal.SIGKILL,  # a polite end can take half a minute, and all of it is thrown away
                 )
             )
         yield cluster
