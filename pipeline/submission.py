@@ -120,7 +120,7 @@ class Cluster:
     @property
     def shares_network(self) -> bool:
         """Whether the head is this machine. A loopback address alone may be the end of a tunnel to it."""
-        return self.shares_files and _is_own_address(urlsplit(self.address).hostname or "")
+        return self.shares_files and is_own_address(urlsplit(self.address).hostname or "")
 
     # jobs
 
@@ -174,6 +174,8 @@ class Cluster:
     def follow(self, job_id: str, write: Callable[[str], None]) -> Job:
         """Give `write` what the job prints, from its start until it ends; connections may break in between.
 
+        A job that does not start soon is given a line that says what it may be waiting for.
+
         Raises ClusterError: there is no such job, or the head has not answered for a minute.
         """
         self.job(job_id)
@@ -181,11 +183,19 @@ class Cluster:
 
     async def _follow(self, job_id: str, write: Callable[[str], None]) -> Job:
         written = 0  # characters; a new connection begins with the first
+        waiting: set[str] = set()
+
+        def silence() -> None:
+            job = self._still(job_id)
+            if job.status == "PENDING" and job.message not in waiting:
+                waiting.add(job.message)
+                write(f"{job.message}\n")
+
         while True:
             seen = 0
             try:
                 tail = self._client.tail_job_logs(job_id)
-                while (chunk := await self._next(tail, job_id)) is not None:
+                while (chunk := await _next(tail, silence)) is not None:
                     seen += len(chunk)
                     if seen > written:
                         write(chunk[-(seen - written) :])
@@ -196,13 +206,6 @@ class Cluster:
             if job.ended:
                 return job
             await asyncio.sleep(1)
-
-    async def _next(self, tail: Any, job_id: str) -> str | None:
-        """The next piece of the logs; None at their end. It also notices a head that is gone silently."""
-        coming = asyncio.ensure_future(anext(tail, None))
-        while not (await asyncio.wait({coming}, timeout=CHECK_SECONDS))[0]:
-            self._still(job_id)
-        return coming.result()
 
     def _still(self, job_id: str) -> Job:
         """The job, from a head that may be away for a while."""
@@ -247,6 +250,14 @@ class Cluster:
             raise ClusterError(f"{self.address}: the job server did not do as asked ({text[:300]}).") from error
 
 
+async def _next(tail: Any, silence: Callable[[], None]) -> str | None:
+    """The next piece of the logs; None at their end. `silence` is called now and then while nothing comes."""
+    coming = asyncio.ensure_future(anext(tail, None))
+    while not (await asyncio.wait({coming}, timeout=CHECK_SECONDS))[0]:
+        silence()
+    return coming.result()
+
+
 def look_again(address: str, job_id: str) -> str:
     """The command that shows a job's logs."""
     return f"metapipe jobs logs {job_id} --follow --address {address}"
@@ -271,7 +282,7 @@ def _client(address: str) -> JobSubmissionClient:
             os.environ["RAY_API_SERVER_ADDRESS"] = before
 
 
-def _is_own_address(host: str) -> bool:
+def is_own_address(host: str) -> bool:
     """Whether a host's address is one of this machine's: only those can be bound to."""
     try:
         family, kind, _, _, address = socket.getaddrinfo(host, 0, type=socket.SOCK_DGRAM)[0]

@@ -298,6 +298,12 @@ def test_the_address_given_goes_before_the_environments() -> None:
     assert "hunter2" not in str(refusal.value)
 
 
+def test_which_addresses_are_this_machines_own() -> None:
+    assert submission.is_own_address("127.0.0.1")
+    assert submission.is_own_address("localhost")
+    assert not submission.is_own_address("192.0.2.1")  # kept for documentation, nobody's
+
+
 @pytest.mark.parametrize(
     ("status", "driver", "exit_code"),
     [
