@@ -9,7 +9,7 @@ import shlex
 import socket
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import urlsplit
@@ -182,7 +182,9 @@ class Cluster:
         return asyncio.run(self._follow(job_id, write))
 
     async def _follow(self, job_id: str, write: Callable[[str], None]) -> Job:
-        written = 0  # characters; a new connection begins with the first
+        from aiohttp import ClientError  # Ray's client speaks through it
+
+        log = Once(write)
         waiting: set[str] = set()
 
         def silence() -> None:
@@ -192,16 +194,11 @@ class Cluster:
                 write(f"{job.message}\n")
 
         while True:
-            seen = 0
-            try:
+            log.begin()
+            with suppress(RuntimeError, OSError, ClientError):  # the connection broke
                 tail = self._client.tail_job_logs(job_id)
                 while (chunk := await _next(tail, silence)) is not None:
-                    seen += len(chunk)
-                    if seen > written:
-                        write(chunk[-(seen - written) :])
-                        written = seen
-            except (RuntimeError, OSError):  # the connection broke; aiohttp's errors are OSErrors too
-                pass
+                    log.take(chunk)
             job = self._still(job_id)
             if job.ended:
                 return job
@@ -248,6 +245,26 @@ class Cluster:
                     f"{job_id}: there is no such job at {self.address}. `metapipe jobs list` names them."
                 ) from error
             raise ClusterError(f"{self.address}: the job server did not do as asked ({text[:300]}).") from error
+
+
+class Once:
+    """Passes a text on once, though each new connection tells it from its start."""
+
+    def __init__(self, write: Callable[[str], None]) -> None:
+        self._write = write
+        self._seen = 0  # characters, on this connection
+        self._written = 0
+
+    def begin(self) -> None:
+        """A new connection."""
+        self._seen = 0
+
+    def take(self, chunk: str) -> None:
+        self._seen += len(chunk)
+        new = self._seen - self._written
+        if new > 0:
+            self._write(chunk[-new:])
+            self._written = self._seen
 
 
 async def _next(tail: Any, silence: Callable[[], None]) -> str | None:

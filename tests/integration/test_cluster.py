@@ -107,14 +107,17 @@ def site(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     if reason is not None:
         pytest.skip(reason)
     admin = mlflow_server.Account()
-    stores = {}
+    store = None  # sqlite
     if postgres.why_not() is None:
-        database = request.getfixturevalue("postgres_server")
-        names = {"backend_store": "mlflow_cluster", "auth_database": "mlflow_cluster_users"}
-        stores = {store: database.create_database(name) for store, name in names.items()}
+        store = request.getfixturevalue("postgres_server").create_database("mlflow_cluster")
+    folder = tmp_path_factory.mktemp("mlflow")
+    auth = folder / "auth.ini"  # as the server's own, but a password is hashed once, not for each of 200 requests
+    users = f"sqlite:///{folder / 'users.db'}"
+    auth.write_text(f"[mlflow]\ndefault_permission = READ\ndatabase_uri = {users}\nauth_cache_ttl_seconds = 60\n")
+    settings = {"MLFLOW_AUTH_CONFIG_PATH": str(auth)}
     with (
         network.running(machines=2) as net,
-        mlflow_server.running(tmp_path_factory.mktemp("mlflow"), host=net.outside, admin=admin, **stores) as tracking,
+        mlflow_server.running(folder, host=net.outside, backend_store=store, admin=admin, env=settings) as tracking,
         # who may write to MLflow is a secret, so the nodes have it; where it is comes with the job
         ray_nodes.running(
             net.machines,

@@ -298,6 +298,16 @@ def test_the_address_given_goes_before_the_environments() -> None:
     assert "hunter2" not in str(refusal.value)
 
 
+def test_a_log_that_is_told_again_is_written_once() -> None:
+    written: list[str] = []
+    log = submission.Once(written.append)
+    for connection in (["one\n", "two\n"], ["on", "e\ntwo\nth"], [], ["one\ntwo\nthree\n", "four\n"]):
+        log.begin()
+        for chunk in connection:
+            log.take(chunk)
+    assert "".join(written) == "one\ntwo\nthree\nfour\n"
+
+
 def test_which_addresses_are_this_machines_own() -> None:
     assert submission.is_own_address("127.0.0.1")
     assert submission.is_own_address("localhost")
