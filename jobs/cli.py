@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from jobs import adapt, console, data, evaluate, register, runs, train
+from jobs import adapt, cluster_jobs, console, data, evaluate, register, runs, submit, train
 
 app = console.new_app(
     name="metapipe",
@@ -19,6 +19,8 @@ app.command("evaluate")(evaluate.evaluate)
 app.command("register")(register.register)
 app.command("adapt")(adapt.adapt)
 app.command("runs")(runs.runs)
+app.command("submit", **submit.SETTINGS)(submit.submit)
+app.add_typer(cluster_jobs.app, name="jobs")
 
 
 def main() -> None:

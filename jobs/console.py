@@ -44,10 +44,10 @@ def new_app(**settings: Any) -> typer.Typer:
     )
 
 
-def single_command(function: Callable[..., None]) -> typer.Typer:
+def single_command(function: Callable[..., None], **settings: Any) -> typer.Typer:
     """An app of one command, for `python -m jobs.NAME`."""
     app = new_app()
-    app.command()(function)
+    app.command(**settings)(function)
     return app
 
 

@@ -29,6 +29,10 @@ class TrackingError(UserError):
     """An MLflow server, run or registered model that cannot be reached or found."""
 
 
+class ClusterError(UserError):
+    """A Ray cluster or a job on it that cannot be reached or found."""
+
+
 class TrainingStopped(UserError):
     """Training ended early for a reason that a rerun of the same command will not mend by itself."""
 

@@ -16,7 +16,7 @@ from pipeline import errors
 from pipeline.errors import ConfigError, Interrupted, StopRequested, TrainingStopped, UserError, WorkerLost
 from pipeline.experiment import Experiment, TrainingConfig
 from pipeline.runs import STOP_FILE, RunFolder
-from pipeline.training.context import PROCESS_TIMEOUT, LocalContext, RayContext, StopSignals, run_processes
+from pipeline.training.context import LocalContext, RayContext, StopSignals, run_processes, torch_config
 from pipeline.training.loop import train, train_worker
 
 if TYPE_CHECKING:
@@ -149,7 +149,7 @@ def _wait_for(fit: Future[Any]) -> None:
 
 def _trainer(experiment: Experiment, run: RunFolder) -> TorchTrainer:
     from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchTrainer
 
     training = experiment.training
     # Ray keeps its own notes in a folder that is new each time: resuming is ours, from the run's checkpoints
@@ -162,6 +162,7 @@ def _trainer(experiment: Experiment, run: RunFolder) -> TorchTrainer:
             resources_per_worker=_worker_resources(training),
             elastic_resize_monitor_interval_s=training.resize_seconds,
         ),
+        torch_config=torch_config(),
         run_config=RunConfig(
             name=secrets.token_hex(4),
             storage_path=str(run.path / "ray"),
@@ -169,7 +170,6 @@ def _trainer(experiment: Experiment, run: RunFolder) -> TorchTrainer:
                 max_failures=training.max_failures, controller_failure_limit=CONTROLLER_FAILURES
             ),
         ),
-        torch_config=TorchConfig(timeout_s=int(PROCESS_TIMEOUT.total_seconds())),
     )
 
 

@@ -248,5 +248,6 @@ def find_run(path: str | Location) -> RunFolder:
 def _comparable(exp: Experiment) -> dict[str, Any]:
     content = exp.to_dict()
     del content["tracking"]  # where results go changes none of them
+    content["model"].pop("folder", None)  # nor where a network's code lies: each job on a cluster unpacks it anew
     content["training"] = {k: v for k, v in content["training"].items() if k not in ELASTIC_KEYS}
     return content

@@ -50,8 +50,17 @@ REQUIREMENTS = ("mlflow", "torch", "numpy", "pydantic", "safetensors", "pillow",
 
 
 def tracking_uri() -> str:
-    """MLFLOW_TRACKING_URI, or sqlite in the current folder."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{Path.cwd() / 'mlflow.db'}"
+    """MLFLOW_TRACKING_URI, or sqlite in the current folder.
+
+    Raises TrackingError: the variable is missing in a job on a Ray cluster, whose current folder is thrown away.
+    """
+    given = os.environ.get("MLFLOW_TRACKING_URI")
+    if not given and "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ:  # how Ray marks a job's process
+        raise TrackingError(
+            "MLFLOW_TRACKING_URI is not set for this job: set it where `metapipe submit` is run, or in the environment "
+            "of the cluster's nodes."
+        )
+    return given or f"sqlite:///{Path.cwd() / 'mlflow.db'}"
 
 
 @contextmanager

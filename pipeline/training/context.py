@@ -195,6 +195,40 @@ def _gauges(run_name: str, rank: int) -> dict[str, Any]:
     return gauges
 
 
+def torch_config() -> Any:
+    """Ray Train's set-up of the process group, on the interface that the cluster itself uses on each node.
+
+    Left alone, gloo takes the address that the host name stands for: often 127.0.0.1 (see /etc/hosts), where another
+    node finds nobody. GLOO_SOCKET_IFNAME in a node's environment goes before.
+    """
+    from ray.train.torch import TorchConfig
+
+    base = TorchConfig().backend_cls
+
+    class OnTheNodesInterface(base):  # type: ignore[misc, valid-type]
+        def on_start(self, worker_group: Any, backend_config: Any) -> None:
+            worker_group.execute(choose_interface)
+            super().on_start(worker_group, backend_config)
+
+    class Config(TorchConfig):
+        @property
+        def backend_cls(self) -> type:
+            return OnTheNodesInterface
+
+    return Config(timeout_s=int(PROCESS_TIMEOUT.total_seconds()))
+
+
+def choose_interface() -> None:
+    """Have gloo use the interface that holds this node's address, where there is one."""
+    import psutil
+    import ray
+
+    address = ray.util.get_node_ip_address()
+    for name, entries in psutil.net_if_addrs().items():
+        if any(entry.address.partition("%")[0] == address for entry in entries):
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+
+
 def run_processes(worker: Callable[..., None], *args: Any, num_workers: int, use_gpu: bool = False) -> None:
     """Run `worker(context, *args)` in `num_workers` new processes on this machine and wait for them.
 

@@ -77,15 +77,18 @@ def sinusoid_config(folder: Path, **changes: object) -> Path:
 def test_help_teaches_and_is_quick(metapipe: Metapipe) -> None:
     answer = metapipe("--help")
     assert answer.code == 0
-    assert all(word in answer.out for word in ("data", "train", "evaluate", "register", "adapt", "runs", "--debug"))
-    for command in ("train", "evaluate", "register", "adapt", "runs"):
+    assert all(
+        word in answer.out
+        for word in ("data", "train", "evaluate", "register", "adapt", "runs", "submit", "jobs", "--debug")
+    )
+    for command in ("train", "evaluate", "register", "adapt", "runs", "submit", "jobs"):
         assert f"metapipe {command}" in metapipe(command, "--help").out
     program = "import sys, jobs.cli; sys.exit(bool({'torch', 'mlflow', 'ray', 'pyarrow'} & sys.modules.keys()))"
     assert subprocess.run([sys.executable, "-c", program]).returncode == 0  # so --help answers in under half a second
 
 
 def test_every_job_is_a_module_too() -> None:
-    for job in ("data", "train", "evaluate", "register", "adapt", "runs", "demo"):
+    for job in ("data", "train", "evaluate", "register", "adapt", "runs", "submit", "cluster_jobs", "demo"):
         done = subprocess.run([sys.executable, "-m", f"jobs.{job}", "--help"], capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         assert "Usage" in done.stdout

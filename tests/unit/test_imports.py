@@ -30,12 +30,12 @@ MAY_IMPORT: dict[str, set[str]] = {
 
 # A library -> the only modules that may import it.
 LIBRARY_OF: dict[str, set[str]] = {
-    "ray": {"pipeline.launch", "pipeline.training.context"},
+    "ray": {"pipeline.launch", "pipeline.submission", "pipeline.training.context"},
     "mlflow": {"pipeline.tracking", "pipeline.serving", "pipeline.served_model"},
     "pyarrow": {"pipeline.tasks.shards", "pipeline.storage", "pipeline.results"},
 }
 
-ONLY_INSIDE_FUNCTIONS = {("pipeline.training.context", "ray"), ("pipeline.launch", "ray")}  # slow to import
+ONLY_INSIDE_FUNCTIONS = {(module, "ray") for module in LIBRARY_OF["ray"]}  # slow to import
 
 
 def module_name(path: Path) -> str:

@@ -189,6 +189,18 @@ def test_where_results_go_is_no_change(make: Callable[..., Experiment]) -> None:
     assert open_run(exp.model_copy(update={"tracking": tracking}), data_digest="d")[0].path == run.path
 
 
+def test_where_a_networks_code_lies_is_no_change(make: Callable[..., Experiment], tmp_path: Path) -> None:
+    """Each job on a cluster unpacks it into another folder."""
+
+    def network(folder: str) -> Experiment:
+        model = {"name": "module", "factory": "nets:make", "folder": str(tmp_path / folder)}
+        return experiment.from_dict({**make().to_dict(), "model": model}, source="test")
+
+    run, _ = open_run(network("job1"), data_digest="d")
+    again, resumed = open_run(network("job2"), data_digest="d")
+    assert (again.path, resumed) == (run.path, True)
+
+
 def test_fresh_leaves_the_unfinished_run_as_it_is(make: Callable[..., Experiment]) -> None:
     first, _ = open_run(make(), data_digest="d")
     before = (first.path / RUN_FILE).read_bytes(), (first.path / CONFIG_FILE).read_bytes()

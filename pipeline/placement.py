@@ -1,0 +1,157 @@
+"""Whether what a job needs is where the nodes of a cluster can use it; checked from outside, before it is submitted."""
+
+from __future__ import annotations
+
+import ipaddress
+import urllib.error
+import urllib.request
+from collections.abc import Mapping
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from pipeline import storage
+from pipeline.config import flatten
+from pipeline.errors import ConfigError, TrackingError
+from pipeline.experiment import Experiment
+from pipeline.job_environment import refuse_password
+from pipeline.tasks.shards import MANIFEST
+
+ANSWER_SECONDS = 5
+ONLY_THERE = "If only the cluster's nodes can reach it, say --no-check."
+
+
+def check_storage(experiment: Experiment) -> list[str]:
+    """Whether data and runs are where the cluster's nodes can use them; remarks for the user.
+
+    A job's current folder is a copy of the project without data, thrown away with the cluster. So they lie in an
+    object store, or under an absolute path of storage that every node sees.
+
+    Raises ConfigError: a relative path, or an address with a password in it.
+    """
+    content = flatten(experiment.to_dict())
+    for key, value in content.items():
+        refuse_password(key, str(value))
+    remarks = []
+    for key in ("task.data", "tracking.runs"):
+        place = content.get(key)
+        if place is None or "://" in place:
+            continue
+        if not Path(place).is_absolute():
+            name = Path(place).name
+            raise ConfigError(
+                f"{key}={place}: on the cluster a relative path would be in the job's own copy of the project, which "
+                "has no data and is thrown away. Give an object store, or an absolute path that every node sees: "
+                f"--set {key}=s3://BUCKET/{name} or --set {key}=/SHARED/{name}"
+            )
+        remarks.append(f"{key}={place}: every node has to see it under this path")
+    return remarks
+
+
+def network_files(experiment: Experiment, project: Path) -> list[Path]:
+    """The files of a user's own network that have to travel: its module, or its package's modules.
+
+    Raises ConfigError: its folder is given as an absolute path in the project, or a relative one that leads out of it.
+    """
+    content = flatten(experiment.to_dict())
+    if "model.factory" not in content:
+        return []
+    folder, name = Path(content["model.folder"]), content["model.factory"].partition(":")[0].partition(".")[0]
+    here = (project / folder).resolve()
+    found = [file for file in (here / f"{name}.py", *sorted((here / name).rglob("*.py"))) if file.is_file()]
+    if not found:
+        return []  # installed, here and on the cluster's nodes
+    inside = here.is_relative_to(project.resolve())
+    if folder.is_absolute() and not inside:
+        return []  # on storage that every node sees, like data
+    if folder.is_absolute() or not inside:
+        told = (
+            f"--set model.folder={here.relative_to(project.resolve())}" if inside else "submit from a folder above it"
+        )
+        raise ConfigError(
+            f"model.folder={folder}: a network travels with the job where its folder lies in the project ({project}) "
+            f"and is given relative to it: {told}."
+        )
+    return [project / file.relative_to(project.resolve()) for file in found]
+
+
+def driver_resources(experiment: Experiment) -> dict[str, int]:
+    """CPUs and GPUs of the process that runs the command: Ray keeps only those of its own workers free for a job."""
+    training = experiment.training
+    if training.backend == "ray":
+        return {}
+    workers = training.min_workers
+    return {"cpus": workers * training.cpus_per_worker, "gpus": workers if training.use_gpu else 0}
+
+
+def check_addresses(environment: Mapping[str, str], *, same_files: bool, same_network: bool) -> None:
+    """Whether the addresses in a job's environment mean on the cluster what they mean here.
+
+    same_files, same_network: whether the head has this machine's files, and its loopback.
+
+    Raises TrackingError: a loopback address or a database in a file, where the head is not this machine.
+    """
+    for name, value in environment.items():
+        try:
+            host = urlsplit(value).hostname or ""
+        except ValueError:
+            continue
+        if _is_loopback(host) and not same_network:
+            raise TrackingError(
+                f"{name}={value}: {host} is this machine here, and on each of the cluster's nodes that node itself. "
+                "Give an address that the nodes reach (and have the server listen on it), or unset it here and set it "
+                "in the environment of the nodes."
+            )
+    uri = environment.get("MLFLOW_TRACKING_URI", "")
+    if uri and urlsplit(uri).scheme in ("", "file", "sqlite") and not uri.startswith("databricks"):
+        file = uri.removeprefix("sqlite:///")
+        if not (same_files and uri.startswith("sqlite:///") and Path(file).is_absolute()):
+            raise TrackingError(
+                f"MLFLOW_TRACKING_URI={uri}: a file on this machine, which the cluster does not have. Start a server "
+                "that its nodes reach (`mlflow server`, see infra/README.md) and give its http address."
+            )
+
+
+def check_stores(experiment: Experiment) -> None:
+    """Whether data and runs in an object store are there and can be written, asked from here with this environment.
+
+    Raises ConfigError.
+    """
+    content = flatten(experiment.to_dict())
+    try:
+        storage.check_store(content["tracking.runs"], key="tracking.runs")
+    except ConfigError as error:
+        raise ConfigError(f"{error} {ONLY_THERE}") from error
+    data = storage.location(content.get("task.data", ""))
+    if isinstance(data, storage.ObjectPath):
+        try:
+            missing = not (data / MANIFEST).exists()
+        except OSError as error:
+            raise ConfigError(f"task.data={data}: the store does not answer ({error}). {ONLY_THERE}") from error
+        if missing:
+            raise ConfigError(f"task.data={data}: no such data set (it has no {MANIFEST}). {ONLY_THERE}")
+
+
+def check_answers(environment: Mapping[str, str]) -> None:
+    """Whether the tracking server answers, asked from here. Raises TrackingError."""
+    uri = environment.get("MLFLOW_TRACKING_URI", "")
+    if not uri.startswith(("http://", "https://")):
+        return
+    try:
+        urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=ANSWER_SECONDS).close()
+    except urllib.error.HTTPError:
+        pass  # it answers; what it allows will show
+    except (urllib.error.URLError, OSError, ValueError) as error:
+        raise TrackingError(
+            f"MLFLOW_TRACKING_URI={uri}: no MLflow server answers there ({getattr(error, 'reason', error)}). Start it, "
+            f"or unset the variable if the cluster's nodes have their own. {ONLY_THERE}"
+        ) from error
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost" or host.endswith(".localhost"):
+        return True
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return address.is_loopback or address.is_unspecified
