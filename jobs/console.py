@@ -33,6 +33,31 @@ Set = Annotated[
 ]
 
 
+Address = Annotated[
+    str | None,
+    typer.Option(help="Ray cluster: HOST:PORT of its head, or auto. Default: RAY_ADDRESS, else one of its own."),
+]
+
+
+def use_cluster(address: str | None) -> None:
+    """Have Ray join the cluster at an address, as RAY_ADDRESS does. Raises ConfigError: a kind that Ray Train lacks."""
+    if address is None:
+        return
+    if "://" in address:
+        from pipeline.errors import ConfigError
+
+        raise ConfigError(
+            f"--address {address}: give HOST:PORT of the cluster's head (port 6379), from one of its machines. From "
+            "outside, submit the command: metapipe submit --address http://HEAD:8265 train …"
+        )
+    os.environ["RAY_ADDRESS"] = address
+
+
+def say(line: str) -> None:
+    """A line about what happens, beside the results."""
+    err.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
 def new_app(**settings: Any) -> typer.Typer:
     epilog = f"{DEBUG_FLAG} anywhere shows the whole traceback of an error."
     return typer.Typer(

@@ -21,6 +21,7 @@ def train(
     config: Annotated[Path, typer.Argument(help="Experiment file, e.g. configs/demo.yaml.")],
     overrides: console.Set = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Leave an unfinished run as it is and start anew.")] = False,
+    address: console.Address = None,
     json: console.Json = False,
 ) -> None:
     """Train a meta-initialization, evaluate it on unseen classes, register it in MLflow.
@@ -31,6 +32,7 @@ def train(
     from pipeline import experiment as experiments
     from pipeline import workflow
 
+    console.use_cluster(address)
     experiment = experiments.load(config, overrides or [])
     with _Display(experiment) as display:
         outcome = workflow.train(experiment, fresh=fresh, observe=display.observe, say=display.say)
@@ -67,7 +69,7 @@ class _Display:
             self._progress.stop()
 
     def say(self, line: str) -> None:
-        console.err.print(line, markup=False, highlight=False, soft_wrap=True)
+        console.say(line)
 
     def observe(self, records: list[dict[str, Any]]) -> None:
         for record in records:

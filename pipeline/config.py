@@ -72,14 +72,19 @@ def apply_overrides(content: Mapping[str, Any], overrides: Iterable[str]) -> dic
             raise ConfigError(f"--set {override}: the value is not valid YAML; put it in quotes.") from None
         if isinstance(value, str):
             value = _number(value)
-        *parents, last = dotted.strip().split(".")
-        section = result
-        for parent in parents:
-            section = section.setdefault(parent, {})
-            if not isinstance(section, dict):
-                raise ConfigError(f"--set {override}: {parent} holds a value, not a section.")
-        section[last] = value
+        put(result, dotted.strip(), value, source=f"--set {override}")
     return result
+
+
+def put(content: dict[str, Any], dotted: str, value: Any, *, source: str) -> None:
+    """Set a dotted key, in place. Raises ConfigError: it goes through a value that is not a section."""
+    *parents, last = dotted.split(".")
+    section = content
+    for parent in parents:
+        section = section.setdefault(parent, {})
+        if not isinstance(section, dict):
+            raise ConfigError(f"{source}: {parent} holds a value, not a section.")
+    section[last] = value
 
 
 def validate(section: type[SectionT], content: Mapping[str, Any], *, source: str) -> SectionT:

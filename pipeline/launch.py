@@ -86,6 +86,8 @@ def ray_cluster(cpus: int) -> Iterator[None]:
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     address = os.environ.get("RAY_ADDRESS")
+    if address and address.startswith("http"):
+        address = None  # of a job server, for `metapipe submit`
     if address is None:
         # otherwise Ray makes up a token and leaves it in the home folder
         os.environ.setdefault("RAY_AUTH_MODE", "token")

@@ -14,7 +14,7 @@ from pipeline.types import TaskBatch
 DPI = 120
 
 
-def _new_figure(width: float, height: float) -> Any:
+def new_figure(width: float, height: float) -> Any:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -29,7 +29,7 @@ def episodes(batch: TaskBatch, file: Path, *, n_way: int, max_queries: int = 5) 
     k_shot = batch.support_x.shape[1] // n_way
     n_query = min(batch.query_x.shape[1] // n_way, max_queries)
     columns = min(tasks, 2)
-    figure = _new_figure(columns * (0.55 * (k_shot + n_query) + 0.6), -(-tasks // columns) * (0.55 * n_way + 0.4))
+    figure = new_figure(columns * (0.55 * (k_shot + n_query) + 0.6), -(-tasks // columns) * (0.55 * n_way + 0.4))
     axes = np.atleast_1d(figure.subplots(-(-tasks // columns), columns)).ravel()
     for axis in axes:
         axis.set_axis_off()
@@ -55,7 +55,7 @@ def _sheet(support: np.ndarray, query: np.ndarray) -> tuple[np.ndarray, float]:
 
 def training_curves(records: Sequence[dict[str, Any]], score_name: str, file: Path) -> None:
     """Meta-loss by outer step, and the validation scores with their 95 % bands."""
-    figure = _new_figure(9, 3.4)
+    figure = new_figure(9, 3.4)
     left, right = figure.subplots(1, 2)
     training = [r for r in records if "meta_loss" in r]
     left.plot([r["step"] for r in training], [r["meta_loss"] for r in training], linewidth=0.6)
@@ -75,7 +75,7 @@ def training_curves(records: Sequence[dict[str, Any]], score_name: str, file: Pa
 
 def adaptation_curve(evaluation: Evaluation, file: Path) -> None:
     """The score after 0…k adaptation steps with 95 % intervals, both modes."""
-    figure = _new_figure(4.5, 3.4)
+    figure = new_figure(4.5, 3.4)
     axis = figure.subplots()
     steps = range(evaluation.adaptation_steps + 1)
     for mode in MODES:

@@ -76,6 +76,19 @@ class RunFolder:
         return content
 
     @property
+    def exists(self) -> bool:
+        """Whether it has been set up completely."""
+        return (self.path / RUN_FILE).exists()
+
+    def describe(self, exp: Experiment, *, data_digest: str, **values: Any) -> None:
+        """Write its configuration and, where there is none yet, run.json."""
+        storage.make_folder(self.path)  # there already if a start was killed before run.json was written
+        text = yaml.safe_dump(exp.to_dict(), sort_keys=False, allow_unicode=True)
+        storage.write(self.path / CONFIG_FILE, text)
+        started = {} if self.exists else {"status": "running", "name": exp.name, "data_digest": data_digest}
+        self.update(**started, **values)
+
+    @property
     def finished(self) -> bool:
         return self.read().get("status") == "finished"
 
@@ -218,10 +231,7 @@ def open_run(exp: Experiment, *, data_digest: str, fresh: bool = False) -> tuple
             )
         return last, True
     run = RunFolder(parent / f"{last.number + 1 if last else 1:03d}")
-    storage.make_folder(run.path)  # there already if a start was killed before run.json was written
-    text = yaml.safe_dump(exp.to_dict(), sort_keys=False, allow_unicode=True)
-    storage.write(run.path / CONFIG_FILE, text)
-    run.update(status="running", name=exp.name, data_digest=data_digest)
+    run.describe(exp, data_digest=data_digest)
     return run, False
 
 

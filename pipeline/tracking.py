@@ -103,14 +103,26 @@ class Tracker:
 
     # runs
 
-    def start(self, experiment: Experiment, *, run_name: str, data_digest: str, run_id: str | None) -> RunLog:
-        """A new run, or `run_id`'s gone on with if this store has it. Raises TrackingError."""
+    def start(
+        self,
+        experiment: Experiment,
+        *,
+        run_name: str,
+        data_digest: str,
+        run_id: str | None,
+        parent: str | None = None,
+    ) -> RunLog:
+        """A new run (a child of the run `parent`), or `run_id`'s gone on with if this store has it.
+
+        Raises TrackingError.
+        """
         with _telling("start a run"):
             if run_id is not None and self._has(run_id):
                 self.client.update_run(run_id, status="RUNNING")
                 return RunLog(self, run_id, resumed=True)
             experiment_id = self._experiment_id(experiment.tracking.experiment)
-            run = self.client.create_run(experiment_id, run_name=run_name, tags=_origin_tags())
+            tags = _origin_tags() | ({"mlflow.parentRunId": parent} if parent else {})
+            run = self.client.create_run(experiment_id, run_name=run_name, tags=tags)
         log = RunLog(self, run.info.run_id, resumed=False)
         log.describe(experiment, data_digest)
         return log
@@ -256,6 +268,11 @@ class RunLog:
     def artifacts(self, folder: Path, into: str) -> None:
         """Every file of a folder, under `into`."""
         self._client.log_artifacts(self.run_id, str(folder), into)
+
+    @_telling("log text")
+    def text(self, text: str, file: str) -> None:
+        """A text as an artifact."""
+        self._client.log_text(self.run_id, text, file)
 
     @_telling("end the run")
     def end(self, status: str) -> None:

@@ -75,11 +75,11 @@ def train(
             with log.system_metrics(), _following(run, log, observe, say):
                 launch.run_workers(exp, run)
             parts = experiments.build(exp, device=launch.default_device())
-            test = _evaluate_run(exp, run, parts, log, data_digest)
+            test = evaluate_run(exp, run, parts, log, data_digest)
             registration = None
             if exp.tracking.register_model:
                 say("comparing with the champion on validation episodes that serve nothing else")
-                registration = _register(exp, run, parts, tracker, test)
+                registration = register_run(exp, run, parts, tracker, test)
         except BaseException as error:
             with suppress(TrackingError):  # what went wrong first is what the user must hear of
                 log.end("FAILED" if isinstance(error, Exception) else "KILLED")
@@ -106,7 +106,7 @@ def _following(run: RunFolder, log: RunLog, observe: Observer, say: Callable[[st
     While MLflow does not answer, training goes on and the records wait in the journal; what was delivered twice because
     an answer got lost, MLflow keeps once (same run, name, step, time and value).
     """
-    to_mlflow = _Delivery(run, log, say)
+    to_mlflow = Delivery(run, log, say)
     to_observer = journal.JournalReader(run.journal)
     done = threading.Event()
     failure: list[Exception] = []
@@ -134,7 +134,7 @@ def _following(run: RunFolder, log: RunLog, observe: Observer, say: Callable[[st
     to_mlflow.insist()
 
 
-class _Delivery:
+class Delivery:
     """Of the journal's records to MLflow, each once, however long MLflow is away."""
 
     def __init__(self, run: RunFolder, log: RunLog, say: Callable[[str], None]) -> None:
@@ -177,7 +177,7 @@ class _Delivery:
             time.sleep(AWAY_SECONDS)
 
 
-def _best(run: RunFolder) -> tuple[int, MetaState]:
+def best_checkpoint(run: RunFolder) -> tuple[int, MetaState]:
     step = run.checkpoints.best()
     if step is None:
         step = run.checkpoints.latest()
@@ -186,9 +186,9 @@ def _best(run: RunFolder) -> tuple[int, MetaState]:
     return step, run.checkpoints.load_meta(step, launch.default_device())
 
 
-def _evaluate_run(exp: Experiment, run: RunFolder, parts: Components, log: RunLog, data_digest: str) -> Evaluation:
+def evaluate_run(exp: Experiment, run: RunFolder, parts: Components, log: RunLog, data_digest: str) -> Evaluation:
     """The best checkpoint on the test episodes: numbers, per-episode results and pictures, in the run and in MLflow."""
-    step, state = _best(run)
+    step, state = best_checkpoint(run)
     test = evaluate(
         parts.algorithm,
         parts.family,
@@ -217,8 +217,10 @@ def _evaluate_run(exp: Experiment, run: RunFolder, parts: Components, log: RunLo
     return test
 
 
-def _register(exp: Experiment, run: RunFolder, parts: Components, tracker: Tracker, test: Evaluation) -> Registration:
-    step, state = _best(run)
+def register_run(
+    exp: Experiment, run: RunFolder, parts: Components, tracker: Tracker, test: Evaluation
+) -> Registration:
+    step, state = best_checkpoint(run)
     images = parts.family if isinstance(parts.family, ImageTasks) else None
     facts = run.checkpoints.meta(step)
     card = card_of(
@@ -272,9 +274,9 @@ def register(path: str | Location) -> Registration:
     parts = experiments.build(exp, device=launch.default_device())
     with runs.claimed(run.path.parent):
         log = _open_log(exp, run, tracker)
-        _Delivery(run, log, lambda _: None).insist()  # of what this tracking store does not have yet
-        test = _evaluate_run(exp, run, parts, log, digest)
-        registration = _register(exp, run, parts, tracker, test)
+        Delivery(run, log, lambda _: None).insist()  # of what this tracking store does not have yet
+        test = evaluate_run(exp, run, parts, log, digest)
+        registration = register_run(exp, run, parts, tracker, test)
         log.end("FINISHED")
     return registration
 

@@ -27,6 +27,7 @@ Z_95 = 1.959963984540054
 SELECTION_SEED = 1_000_001  # validation during training: checkpoint selection, plateaus, sweeps
 PROMOTION_SEED = 2_000_003  # candidate against champion
 TEST_SEED = 3_000_017  # reported results
+FRESH_SEED = 4_000_037  # the best trial of a sweep, chosen on the selection episodes
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 
 # A library -> the only modules that may import it.
 LIBRARY_OF: dict[str, set[str]] = {
-    "ray": {"pipeline.launch", "pipeline.submission", "pipeline.training.context"},
+    "ray": {"pipeline.launch", "pipeline.tuning", "pipeline.submission", "pipeline.training.context"},
     "mlflow": {"pipeline.tracking", "pipeline.serving", "pipeline.served_model"},
     "pyarrow": {"pipeline.tasks.shards", "pipeline.storage", "pipeline.results"},
 }

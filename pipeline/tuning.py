@@ -1,0 +1,338 @@
+"""Trials of a sweep under Ray Tune. A trial is a run folder; Ray's own experiment state is written and never read.
+
+When a sweep is run again, each trial reports what its journal already holds, so that searcher and scheduler learn what
+they had learnt, and goes on from its own last checkpoint.
+"""
+
+from __future__ import annotations
+
+import math
+import secrets
+import tempfile
+import threading
+import traceback
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pipeline import experiment as experiments
+from pipeline import launch, storage
+from pipeline.errors import Interrupted
+from pipeline.experiment import Components, Experiment
+from pipeline.runs import RunFolder
+from pipeline.sweep import ASHA, PBT, MedianStopping, Params, Range, Sweep, digest
+from pipeline.training import journal
+from pipeline.training.checkpoint import META_FILE, STATE_FILE
+from pipeline.training.context import LocalContext, StopSignals
+from pipeline.training.loop import train
+
+if TYPE_CHECKING:
+    from ray.tune import Checkpoint, ResultGrid
+
+DRIVER_MEMORY = 256 << 20  # bytes; what the driver of a distributed trial claims, so that it takes no worker's CPU
+FOLLOW_SECONDS = 0.5
+RUNNING, FINISHED, STOPPED, FAILED = "running", "finished", "stopped", "failed"
+
+
+def run_trials(
+    sweep: Sweep,
+    folder: storage.Location,
+    *,
+    data_digest: str,
+    known: Sequence[Params],
+    on_end: Callable[[str, str], None],
+) -> None:
+    """Run every trial under `folder`, which holds a run folder for each; returns when all have ended.
+
+    known: what earlier attempts have drawn (searcher optuna). on_end: is told a trial's name and status.
+
+    A trial that fails ends no other. Raises Interrupted.
+    """
+    training = sweep.base.training
+    workers = max(1, sweep.settings.workers_per_trial)
+    cpus = workers * training.cpus_per_worker
+    with (
+        launch.ray_cluster(cpus),
+        StopSignals() as signals,
+        ThreadPoolExecutor(1, thread_name_prefix="ray-tune") as pool,
+    ):
+        fit = pool.submit(_fit, sweep, folder, data_digest, known, on_end)
+        while not fit.done():
+            if signals.received is not None:
+                import ray
+
+                ray.shutdown()  # every trial has the checkpoint of its last validation
+                raise Interrupted(signals.received)
+            threading.Event().wait(FOLLOW_SECONDS)
+        fit.result()
+
+
+def _fit(
+    sweep: Sweep,
+    folder: storage.Location,
+    data_digest: str,
+    known: Sequence[Params],
+    on_end: Callable[[str, str], None],
+) -> ResultGrid:
+    from ray import tune
+
+    settings, training = sweep.settings, sweep.base.training
+    score = _score(sweep.base)
+    constant = {
+        "folder": str(folder),
+        "data_digest": data_digest,
+        "sweep": {"settings": settings.model_dump(mode="json"), "base": sweep.base.to_dict(), "source": sweep.source},
+        "score": score,
+    }
+    if settings.searcher == "optuna":
+        space = {"params": {key: _domain(domain) for key, domain in sweep.search.items()}, **constant}
+        searcher, samples = _optuna(sweep, known), settings.trials
+    else:
+        names = [{"trial": f"{i:04d}", "params": params} for i, params in enumerate(sweep.trials())]
+        space = {"chosen": tune.grid_search(names), **constant}
+        searcher, samples = None, 1
+        if isinstance(settings.scheduler, PBT):
+            space |= {"mutated": {key: None for key in sweep.search}}
+    tuner = tune.Tuner(
+        tune.with_resources(_trial, _resources(sweep)),
+        param_space=space,
+        tune_config=tune.TuneConfig(
+            metric="score",
+            mode="max",
+            search_alg=searcher,
+            scheduler=_scheduler(sweep),
+            num_samples=samples,
+            max_concurrent_trials=settings.max_concurrent or _room(sweep),
+            time_budget_s=60 * settings.budget_minutes if settings.budget_minutes else None,
+        ),
+        run_config=tune.RunConfig(
+            name=secrets.token_hex(4),
+            storage_path=str(folder.parent / "ray"),
+            failure_config=tune.FailureConfig(max_failures=training.max_failures),
+            callbacks=[_callback(on_end, training.steps)],
+            verbose=0,
+        ),
+    )
+    return tuner.fit()
+
+
+def score_key(exp: Experiment, parts: Components) -> str:
+    """Which of a validation's metrics ranks trials."""
+    return f"val_{parts.family.objective.score_name}_{exp.evaluation.selection_mode}"
+
+
+def _score(exp: Experiment) -> dict[str, Any]:
+    """The metric that ranks trials, and the sign that makes larger better."""
+    parts = experiments.build(exp, device=launch.default_device())
+    return {"key": score_key(exp, parts), "sign": 1 if parts.family.objective.higher_is_better else -1}
+
+
+def _domain(domain: Range) -> Any:
+    from ray import tune
+
+    if domain.log_uniform:
+        return tune.loguniform(*domain.log_uniform)
+    if domain.uniform:
+        return tune.uniform(*domain.uniform)
+    if domain.integer:
+        return tune.randint(domain.integer[0], domain.integer[1] + 1)
+    return tune.choice(domain.ends)
+
+
+def _optuna(sweep: Sweep, known: Sequence[Params]) -> Any:
+    from ray.tune.search.optuna import OptunaSearch
+
+    first = [{f"params/{key}": value for key, value in params.items()} for params in known]
+    return OptunaSearch(metric="score", mode="max", seed=sweep.settings.seed, points_to_evaluate=first or None)
+
+
+def _scheduler(sweep: Sweep) -> Any:
+    from ray.tune import schedulers
+
+    settings, steps = sweep.settings.scheduler, sweep.base.training.steps
+    if isinstance(settings, ASHA):
+        return schedulers.ASHAScheduler(
+            time_attr="step",
+            max_t=steps,
+            grace_period=min(settings.grace_steps, steps),
+            reduction_factor=settings.reduction_factor,
+        )
+    if isinstance(settings, MedianStopping):
+        return schedulers.MedianStoppingRule(
+            time_attr="step", grace_period=settings.grace_steps, min_samples_required=settings.min_trials
+        )
+    if isinstance(settings, PBT):
+        import random
+
+        draw = {
+            key: (lambda domain=domain: _plain_draw(domain, random.random())) for key, domain in sweep.search.items()
+        }
+        return schedulers.PopulationBasedTraining(
+            time_attr="step",
+            perturbation_interval=settings.interval_steps,
+            quantile_fraction=settings.quantile,
+            hyperparam_mutations={"mutated": draw},
+            synch=True,
+        )
+    return None
+
+
+def _plain_draw(domain: Range, seed: float) -> Any:
+    import numpy as np
+
+    if domain.grid:
+        return domain.grid[int(seed * len(domain.grid))]
+    return domain.draw(np.random.default_rng(int(seed * 2**32)))
+
+
+def _resources(sweep: Sweep) -> dict[str, float]:
+    training = sweep.base.training
+    if sweep.settings.workers_per_trial:
+        return {"CPU": 0, "memory": DRIVER_MEMORY}
+    return {"CPU": float(training.cpus_per_worker), **({"GPU": 1.0} if training.use_gpu else {})}
+
+
+def _room(sweep: Sweep) -> int:
+    """How many trials the cluster holds at once; one that waits for its workers would hold up the others' too."""
+    import ray
+
+    training, available = sweep.base.training, ray.cluster_resources()
+    workers = max(1, sweep.settings.workers_per_trial)
+    room = available.get("CPU", 0) // (workers * training.cpus_per_worker)
+    if training.use_gpu:
+        room = min(room, available.get("GPU", 0) // workers)
+    return max(1, int(room))
+
+
+def _callback(on_end: Callable[[str, str], None], steps: int) -> Any:
+    from ray import tune
+
+    class Ends(tune.Callback):
+        def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+            reached = (trial.last_result or {}).get("step", 0)
+            on_end(trial_name(trial.config), FINISHED if reached >= steps else STOPPED)
+
+        def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
+            on_end(trial_name(trial.config), FAILED)
+
+    return Ends()
+
+
+def trial_name(config: dict[str, Any]) -> str:
+    """The folder of a trial: its number where trials are listed beforehand, else a digest of what was drawn."""
+    return config["chosen"]["trial"] if "chosen" in config else digest(config["params"])
+
+
+# --- in the trial's process
+
+
+class TrialContext(LocalContext):
+    """A trial in one process: every validation goes to Ray Tune."""
+
+    def __init__(self, device: str, tell: Callable[[dict[str, float]], None]) -> None:
+        super().__init__(device)
+        self._tell = tell
+
+    def report(self, metrics: dict[str, float]) -> None:
+        self._tell(metrics)
+
+
+def _trial(config: dict[str, Any]) -> None:
+    sweep = Sweep(_settings(config["sweep"]["settings"]), config["sweep"]["base"], source=config["sweep"]["source"])
+    run = RunFolder(storage.location(config["folder"]) / trial_name(config))
+    params = _params(config, run)
+    exp = sweep.experiment(params)
+    storage.make_folder(run.path)
+    _follow_another(run)
+    run.describe(exp, data_digest=config["data_digest"], params=params)
+    facts = run.read()
+    perturbed = "mutated" in config
+    told = 0
+
+    def tell(record: dict[str, float]) -> None:
+        nonlocal told
+        key, sign = config["score"]["key"], config["score"]["sign"]
+        if key in record and record["step"] > told:
+            told = int(record["step"])
+            _report({"step": told, "score": sign * record[key]}, run if perturbed else None)
+
+    try:
+        for record in journal.read(run.journal):
+            tell(record)
+        if facts["status"] == FAILED:
+            _report({"step": told + 1, "score": -math.inf}, run if perturbed else None)
+        if facts["status"] != RUNNING:
+            return
+        if sweep.settings.workers_per_trial:
+            _train_distributed(exp, run, tell)
+        else:
+            train(TrialContext("cuda" if exp.training.use_gpu else "cpu", tell), exp, run)
+    except Exception as error:
+        # noted and not raised: Ray would start it again, as it does where the process died
+        run.update(status=FAILED, error=f"{type(error).__name__}: {error}", traceback=traceback.format_exc())
+        _report({"step": told + 1, "score": -math.inf}, run if perturbed else None)
+    else:
+        run.update(status=FINISHED)
+
+
+def _settings(content: dict[str, Any]) -> Any:
+    from pipeline import config
+    from pipeline.sweep import SweepConfig
+
+    return config.validate(SweepConfig, content, source="the sweep")
+
+
+def _params(config: dict[str, Any], run: RunFolder) -> Params:
+    """What was drawn; under PBT, what it has become since."""
+    params = dict(config["chosen"]["params"] if "chosen" in config else config["params"])
+    mutated = {key: value for key, value in config.get("mutated", {}).items() if value is not None}
+    if not mutated and "mutated" in config and run.exists:
+        mutated = run.read().get("params", {})
+    return {**params, **mutated}
+
+
+def _report(metrics: dict[str, float], run: RunFolder | None) -> None:
+    """run: whose checkpoint another trial may copy (PBT)."""
+    from ray import tune
+
+    if run is None:
+        tune.report(metrics)
+        return
+    latest = run.checkpoints.latest()
+    with tempfile.TemporaryDirectory() as scratch:
+        if latest is not None:
+            for name in (STATE_FILE, META_FILE):
+                (Path(scratch) / name).write_bytes((run.checkpoints.path(latest) / name).read_bytes())
+        tune.report(metrics, checkpoint=tune.Checkpoint.from_directory(scratch))
+
+
+def _follow_another(run: RunFolder) -> None:
+    """PBT: put the checkpoint that Ray hands over, another trial's it may be, in the place of this one's."""
+    from ray import tune
+
+    checkpoint: Checkpoint | None = tune.get_checkpoint()
+    if checkpoint is None:
+        return
+    import json
+
+    with checkpoint.as_directory() as folder:
+        files = {name: (Path(folder) / name).read_bytes() for name in (STATE_FILE, META_FILE)}
+    step = json.loads(files[META_FILE])["step"]
+    for other in run.checkpoints.steps():
+        storage.remove_folder(run.checkpoints.path(other))
+    storage.write_folder(run.checkpoints.path(step), files)
+
+
+def _train_distributed(exp: Experiment, run: RunFolder, tell: Callable[[dict[str, float]], None]) -> None:
+    """On Ray Train workers of its own, whose journal this process follows."""
+    reader = journal.JournalReader(run.journal)
+    with ThreadPoolExecutor(1, thread_name_prefix="trial") as pool:
+        training = pool.submit(launch.run_workers, exp, run)
+        while not training.done():
+            threading.Event().wait(FOLLOW_SECONDS)
+            for record in reader.new_records():
+                tell(record)
+        training.result()
+    for record in reader.new_records():
+        tell(record)
