@@ -140,6 +140,8 @@ def _run(sweep: Sweep, folder: RunFolder, data_digest: str, say: Callable[[str],
         facts = run.read() if run.exists else {}
         if status == tuning.STOPPED and facts.get("status") == tuning.RUNNING and time.monotonic() < deadline:
             facts = run.update(status=status)  # by the scheduler; one that ran out of time may be gone on with
+        if status == tuning.FINISHED and facts.get("status") == tuning.RUNNING:
+            facts = run.update(status=status)  # ended by the scheduler at its last step
         reason = f": {facts['error']}" if facts.get("error") else ""
         say(f"trial {name} {facts.get('status', status)}, {_shown(facts.get('params', {}))}{reason}")
 

@@ -7,6 +7,7 @@ they had learnt, and goes on from its own last checkpoint.
 from __future__ import annotations
 
 import math
+import os
 import secrets
 import tempfile
 import threading
@@ -75,6 +76,7 @@ def _fit(
     known: Sequence[Params],
     on_end: Callable[[str, str], None],
 ) -> ResultGrid:
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the new one prints to standard output, which is for results
     from ray import tune
 
     settings, training = sweep.settings, sweep.base.training
@@ -92,8 +94,6 @@ def _fit(
         names = [{"trial": f"{i:04d}", "params": params} for i, params in enumerate(sweep.trials())]
         space = {"chosen": tune.grid_search(names), **constant}
         searcher, samples = None, 1
-        if isinstance(settings.scheduler, PBT):
-            space |= {"mutated": {key: None for key in sweep.search}}
     tuner = tune.Tuner(
         tune.with_resources(_trial, _resources(sweep)),
         param_space=space,
@@ -165,15 +165,22 @@ def _scheduler(sweep: Sweep) -> Any:
     if isinstance(settings, PBT):
         import random
 
-        draw = {
-            key: (lambda domain=domain: _plain_draw(domain, random.random())) for key, domain in sweep.search.items()
-        }
-        return schedulers.PopulationBasedTraining(
+        def draws(domain: Range) -> Callable[[], Any] | list[Any]:
+            values = domain.choice or domain.grid
+            if values and not all(isinstance(value, int | float) for value in values):
+                return values  # no number to perturb: a neighbour in the list
+            return lambda: _plain_draw(domain, random.random())
+
+        class Population(schedulers.PopulationBasedTraining):
+            def _get_new_config(self, trial: Any, trial_to_clone: Any) -> Any:
+                config, operations = super()._get_new_config(trial, trial_to_clone)
+                return {**config, "chosen": {**config["chosen"], "trial": trial_name(trial.config)}}, operations
+
+        return Population(
             time_attr="step",
             perturbation_interval=settings.interval_steps,
             quantile_fraction=settings.quantile,
-            hyperparam_mutations={"mutated": draw},
-            synch=True,
+            hyperparam_mutations={"chosen": {"params": {key: draws(value) for key, value in sweep.search.items()}}},
         )
     return None
 
@@ -181,8 +188,9 @@ def _scheduler(sweep: Sweep) -> Any:
 def _plain_draw(domain: Range, seed: float) -> Any:
     import numpy as np
 
-    if domain.grid:
-        return domain.grid[int(seed * len(domain.grid))]
+    values = domain.choice or domain.grid
+    if values:
+        return values[int(seed * len(values))]
     return domain.draw(np.random.default_rng(int(seed * 2**32)))
 
 
@@ -241,13 +249,13 @@ class TrialContext(LocalContext):
 def _trial(config: dict[str, Any]) -> None:
     sweep = Sweep(_settings(config["sweep"]["settings"]), config["sweep"]["base"], source=config["sweep"]["source"])
     run = RunFolder(storage.location(config["folder"]) / trial_name(config))
-    params = _params(config, run)
+    params = _params(config, run, sweep)
     exp = sweep.experiment(params)
     storage.make_folder(run.path)
     _follow_another(run)
     run.describe(exp, data_digest=config["data_digest"], params=params)
     facts = run.read()
-    perturbed = "mutated" in config
+    perturbed = isinstance(sweep.settings.scheduler, PBT)
     told = 0
 
     def tell(record: dict[str, float]) -> None:
@@ -283,13 +291,14 @@ def _settings(content: dict[str, Any]) -> Any:
     return config.validate(SweepConfig, content, source="the sweep")
 
 
-def _params(config: dict[str, Any], run: RunFolder) -> Params:
+def _params(config: dict[str, Any], run: RunFolder, sweep: Sweep) -> Params:
     """What was drawn; under PBT, what it has become since."""
+    from ray import tune
+
     params = dict(config["chosen"]["params"] if "chosen" in config else config["params"])
-    mutated = {key: value for key, value in config.get("mutated", {}).items() if value is not None}
-    if not mutated and "mutated" in config and run.exists:
-        mutated = run.read().get("params", {})
-    return {**params, **mutated}
+    if isinstance(sweep.settings.scheduler, PBT) and run.exists and tune.get_checkpoint() is None:
+        params = run.read()["params"]  # the sweep is gone on with
+    return {key: round(value) if sweep.search[key].integer else value for key, value in params.items()}
 
 
 def _report(metrics: dict[str, float], run: RunFolder | None) -> None:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import Field
 
-from pipeline import experiment
+from pipeline import experiment, sweep
 from pipeline.algorithms import ALGORITHMS
 from pipeline.config import Section, apply_overrides, differences, flatten, one_of, read_yaml, validate
 from pipeline.errors import ConfigError
@@ -64,14 +64,20 @@ def refusal(file: Path, *overrides: str) -> str:
 # --- shipped files
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.glob("**/*.yaml")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda p: p.stem)
 def test_shipped_configurations_load(path: Path) -> None:
     loaded = experiment.load(path)
     assert experiment.from_dict(loaded.to_dict(), source="again") == loaded
 
 
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("tune/*.yaml")), ids=lambda p: p.stem)
+def test_shipped_sweeps_load(path: Path) -> None:
+    assert sweep.load(path).trials()
+
+
 def test_there_are_shipped_configurations() -> None:
     assert list(CONFIGS.glob("*.yaml"))
+    assert list(CONFIGS.glob("tune/*.yaml"))
 
 
 # --- reading and overriding
