@@ -110,8 +110,10 @@ def run(app: typer.Typer) -> None:
 
 
 def _print_error(message: str) -> None:
+    from pipeline.credentials import redacted
+
     err.print("[bold red]error:[/] ", end="")
-    err.print(message, markup=False, highlight=False, soft_wrap=True)
+    err.print(redacted(message), markup=False, highlight=False, soft_wrap=True)
 
 
 def emit(result: dict[str, Any], *, as_json: bool, show: Callable[[], None]) -> None:

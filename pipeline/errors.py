@@ -2,11 +2,19 @@
 
 import signal
 
+from pipeline.credentials import redacted
+
 
 class UserError(Exception):
-    """Bad input. The command line prints the message as one paragraph, no traceback, and exits with `exit_code`."""
+    """Bad input. The command line prints the message as one paragraph, no traceback, and exits with `exit_code`.
+
+    Passwords in addresses are taken out of the message: it goes to terminals, logs and run folders.
+    """
 
     exit_code = 2
+
+    def __init__(self, message: str) -> None:
+        super().__init__(redacted(message))
 
 
 class Interrupted(BaseException):

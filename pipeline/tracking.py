@@ -1,7 +1,7 @@
 """MLflow: runs, metrics, data sets, the model registry. One process writes: the driver.
 
 The store is the one at MLFLOW_TRACKING_URI, by default `mlflow.db` (sqlite) in the current folder with artifacts
-in `mlartifacts` beside it.
+in `mlartifacts` beside it. A password in that address is used and never shown or stored.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
 import pipeline
 from pipeline.config import flatten
+from pipeline.credentials import login_in, redacted, without_credentials
 from pipeline.errors import TrackingError, UserError
 from pipeline.experiment import Experiment
 from pipeline.learner import Learner, ModelCard, write_model
@@ -73,8 +74,8 @@ def _telling(what: str) -> Iterator[None]:
         raise
     except Exception as error:
         raise TrackingError(
-            f"MLflow at {tracking_uri()}: cannot {what} ({_short(error)}). Nothing trained is lost: once it answers, "
-            "run the same command again."
+            f"MLflow at {without_credentials(tracking_uri())}: cannot {what} ({_short(error)}). Nothing trained is "
+            "lost: once it answers, run the same command again."
         ) from error
 
 
@@ -82,13 +83,15 @@ class Tracker:
     """A tracking store that answers. Raises TrackingError where it does not."""
 
     def __init__(self) -> None:
-        self.uri = tracking_uri()
-        _check_reachable(self.uri)
+        _hand_over_login()
+        address = tracking_uri()  # a database's may hold a password
+        self.uri = without_credentials(address)  # to show, to store, to compare
+        _check_reachable(address)
         try:
-            self.client = mlflow.MlflowClient(self.uri, self.uri)
+            self.client = mlflow.MlflowClient(address, address)
             self.client.search_experiments(max_results=1)
-            mlflow.set_tracking_uri(self.uri)  # for what has no client: models and artifacts
-            mlflow.set_registry_uri(self.uri)
+            mlflow.set_tracking_uri(address)  # for what has no client: models and artifacts
+            mlflow.set_registry_uri(address)
         except Exception as error:
             raise TrackingError(
                 f"MLFLOW_TRACKING_URI={self.uri}: the tracking store cannot be opened ({_short(error)}). Start a "
@@ -299,6 +302,18 @@ def _code_paths(card: ModelCard) -> list[str]:
     return [str(path) for path in paths]
 
 
+def _hand_over_login() -> None:
+    """Move the user and password of an http address to where MLflow looks for them, for this process and its children.
+
+    So MLflow itself never has an address that it could print, log or store with the password in it.
+    """
+    given = os.environ.get("MLFLOW_TRACKING_URI", "")
+    login = login_in(given) if given.startswith(("http://", "https://")) else None
+    if login is not None:
+        os.environ["MLFLOW_TRACKING_USERNAME"], os.environ["MLFLOW_TRACKING_PASSWORD"] = login
+        os.environ["MLFLOW_TRACKING_URI"] = without_credentials(given)
+
+
 def _check_reachable(uri: str) -> None:
     """Ask a server once: MLflow's own client would retry for minutes."""
     if not uri.startswith(("http://", "https://")):
@@ -332,5 +347,6 @@ def _origin_tags() -> dict[str, str]:
 
 
 def _short(error: Exception) -> str:
-    """The first line of a message; MLflow's carry pages."""
-    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+    """The first line of a message, without passwords in its addresses; MLflow's carry pages."""
+    lines = redacted(str(error).strip()).splitlines()  # before it is cut: half an address is not recognized
+    return lines[0][:200] if lines else type(error).__name__

@@ -17,6 +17,7 @@ import torch
 from pipeline import experiment as experiments
 from pipeline import launch, pictures, promotion, results, runs, storage
 from pipeline.baselines import nearest_neighbour
+from pipeline.credentials import without_credentials
 from pipeline.errors import ConfigError, DataError, TrackingError
 from pipeline.experiment import Components, Experiment
 from pipeline.learner import Learner, card_of
@@ -92,7 +93,8 @@ def train(
 def _open_log(exp: Experiment, run: RunFolder, tracker: Tracker) -> RunLog:
     """The run's MLflow run: gone on with, or new where this tracking store has none of it yet."""
     facts = run.read()
-    run_id = facts.get("mlflow_run_id") if facts.get("mlflow_uri") == tracker.uri else None
+    known = without_credentials(facts.get("mlflow_uri") or "")  # of an older version it may hold a password
+    run_id = facts.get("mlflow_run_id") if known == tracker.uri else None
     name = f"{exp.name}/{run.path.name}"
     log = tracker.start(exp, run_name=name, data_digest=facts["data_digest"], run_id=run_id)
     run.update(mlflow_run_id=log.run_id, mlflow_uri=tracker.uri)

@@ -8,8 +8,6 @@ alphabets for validation) and `random` (1100 / 100 / 423 classes, as MAML and it
 from __future__ import annotations
 
 import io
-import zipfile
-import zlib
 from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
@@ -17,7 +15,8 @@ from pathlib import Path, PurePosixPath
 import numpy as np
 from PIL import Image
 
-from pipeline.datasets.preprocessing import Preprocessing, open_picture
+from pipeline.datasets.archives import PictureArchive
+from pipeline.datasets.preprocessing import Preprocessing, decode_picture, open_picture
 from pipeline.datasets.source import RawClass
 from pipeline.datasets.splits import random_split, shuffled
 from pipeline.errors import DataError
@@ -54,7 +53,7 @@ class Omniglot:
 
     def classes(self) -> Iterator[RawClass]:
         """Characters in the order of their names; drawings in the order of their drawers."""
-        archives: dict[Path, zipfile.ZipFile] = {}
+        archives: dict[Path, PictureArchive] = {}
         try:
             for name, (_, files) in self._files.items():
                 images = [self.preprocessing(_read(file, archives)) for file in files]
@@ -96,26 +95,18 @@ def _list(source: Path, part: str) -> tuple[Path, list[str]]:
     if folder.is_dir():
         return source, [str(p.relative_to(source)) for p in folder.glob("*/*/*.png")]
     if archive.is_file():
-        try:
-            with zipfile.ZipFile(archive) as content:
-                return archive, content.namelist()
-        except (zipfile.BadZipFile, OSError) as error:
-            raise DataError(f"{archive}: not a readable zip archive ({error}). Fetch it again.") from error
+        with PictureArchive(archive) as content:
+            return archive, content.names()
     raise DataError(
         f"{source}: holds neither {part}.zip nor a folder {part}. Give the folder of the official archives with "
         "--source, or fetch them with --download."
     )
 
 
-def _read(file: tuple[Path, str], archives: dict[Path, zipfile.ZipFile]) -> Image.Image:
+def _read(file: tuple[Path, str], archives: dict[Path, PictureArchive]) -> Image.Image:
     container, name = file
     if container.suffix != ".zip":
         return open_picture(container / name)
     if container not in archives:
-        archives[container] = zipfile.ZipFile(container)
-    try:
-        with Image.open(io.BytesIO(archives[container].read(name))) as picture:
-            picture.load()
-            return picture.copy()
-    except (zipfile.BadZipFile, zlib.error, EOFError, OSError, SyntaxError) as error:
-        raise DataError(f"{container}: {name} cannot be read ({error}). Fetch the archive again.") from error
+        archives[container] = PictureArchive(container)
+    return decode_picture(io.BytesIO(archives[container].read(name)), name=f"{container}: {name}")

@@ -7,7 +7,7 @@ and size that the model was trained on.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import BinaryIO, Literal
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
@@ -16,8 +16,15 @@ from pydantic import Field, model_validator
 from pipeline.config import Section
 from pipeline.errors import DataError
 
-MAX_PIXELS = 50_000_000  # a picture with more is refused before it is decoded
+# A picture with more is refused by its header, before it is decoded: a file of a few kilobytes can hold gigabytes.
+MAX_PIXELS = 64_000_000
+MAX_SIDE = 16_384  # a drawing's canvas is padded to a square: one row of 64 million pixels would become petabytes
+# What `IMAGE_SUFFIXES` stand for. Pillow tells a format by its content and knows more than these; EPS runs Ghostscript.
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
+
+
+TOO_MANY_PIXELS = f"pixels are more than the {MAX_PIXELS // 1_000_000} million that are read. Make it smaller."
 
 
 class Preprocessing(Section):
@@ -79,22 +86,31 @@ def _square_canvas(ink: np.ndarray) -> np.ndarray:
 
 
 def open_picture(path: str | Path) -> Image.Image:
-    """A decoded picture. Raises DataError: no picture, cut short, or more than MAX_PIXELS pixels."""
+    """A decoded picture. Raises DataError: no picture, cut short, or more pixels than are read."""
+    return decode_picture(path, name=str(path))
+
+
+def decode_picture(source: str | Path | BinaryIO, *, name: str) -> Image.Image:
+    """A decoded picture from a file or stream that errors call `name`. Raises DataError as `open_picture` does."""
     try:
-        with Image.open(path) as picture:
+        with Image.open(source, formats=FORMATS) as picture:
             if picture.width * picture.height > MAX_PIXELS:
+                raise DataError(f"{name}: {picture.width}×{picture.height} {TOO_MANY_PIXELS}")
+            if max(picture.size) > MAX_SIDE:
                 raise DataError(
-                    f"{path}: {picture.width}×{picture.height} pixels is more than the {MAX_PIXELS // 1_000_000} "
-                    "million that are read. Make it smaller."
+                    f"{name}: {picture.width}×{picture.height} pixels; the longer side may have {MAX_SIDE}. "
+                    "Make it smaller."
                 )
             picture.load()
             return picture.copy()
     except FileNotFoundError:
-        raise DataError(f"{path}: no such picture.") from None
+        raise DataError(f"{name}: no such picture.") from None
     except UnidentifiedImageError:
-        raise DataError(f"{path}: not a picture that can be read (PNG and JPEG are). Remove or convert it.") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(f"{path}: cannot be decoded ({error}). Remove or replace it.") from error
+        raise DataError(f"{name}: not a picture that can be read (PNG and JPEG are). Remove or convert it.") from None
+    except Image.DecompressionBombError:  # Pillow's own limit, which is higher
+        raise DataError(f"{name}: its {TOO_MANY_PIXELS}") from None
+    except (OSError, SyntaxError, ValueError, MemoryError, OverflowError) as error:
+        raise DataError(f"{name}: cannot be decoded ({error}). Remove or replace it.") from error
 
 
 def pictures_in(folder: Path) -> list[Path]:

@@ -22,12 +22,13 @@ import glob
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -47,6 +48,9 @@ MANIFEST = "dataset.json"
 ROW_GROUP_BYTES = 4 << 20
 SHARD_BYTES = 64 << 20
 HASH_BYTES = 8 << 20  # read at once while hashing
+MAX_ROW_GROUP_BYTES = 64 << 20  # decoded; a larger one is not of our writing
+# Folders and a name without anything that a shell, a file system or an object store could take for more.
+SHARD_FILE = re.compile(r"(?:[A-Za-z0-9_][A-Za-z0-9_.-]*/)*[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
 
 class RowGroup(Section):
@@ -85,9 +89,11 @@ class ShardEntry(Section):
     @field_validator("file")
     @classmethod
     def _stays_inside(cls, value: str) -> str:
-        path = PurePosixPath(value)
-        if path.is_absolute() or ".." in path.parts or "\\" in value or not path.parts:
-            raise ValueError("must be a path inside the data set's folder")
+        if not SHARD_FILE.fullmatch(value):
+            raise ValueError(
+                "must be a path inside the data set's folder, of letters, digits, '_', '-' and '.', such as "
+                "shards/00000.parquet"
+            )
         return value
 
 
@@ -450,6 +456,8 @@ def verify(folder: str | Location, manifest: Manifest | None = None) -> Manifest
 def _shard_problem(folder: Location, shard: ShardEntry) -> str | None:
     file = folder / shard.file
     try:
+        if _leads_outside(folder, file):
+            return f"{shard.file} is a link to a place outside this folder, which is not read (copy the file into it)"
         size = file.size() if isinstance(file, ObjectPath) else file.stat().st_size
         if size != shard.bytes:
             return f"{shard.file} has {size} bytes instead of {shard.bytes} (truncated or replaced)"
@@ -460,6 +468,29 @@ def _shard_problem(folder: Location, shard: ShardEntry) -> str | None:
     except OSError as error:
         return f"{shard.file} cannot be read ({error.strerror or error})"
     return None
+
+
+def _leads_outside(folder: Location, file: Location) -> bool:
+    """Whether a symbolic link takes a shard out of its data set's folder. The folder itself may be one."""
+    return isinstance(folder, Path) and isinstance(file, Path) and not file.resolve().is_relative_to(folder.resolve())
+
+
+def _check_size(parquet: pq.ParquetFile, image_bytes: int) -> None:
+    """Raises ValueError where reading could take much more memory than the file is long.
+
+    Compressed pages and dictionaries unfold to thousands of times their size; ours have neither, and images of a
+    fixed size bound what a row group decodes to. Looks only at the footer.
+    """
+    schema = parquet.schema_arrow
+    if schema.field("image").type != pa.binary(image_bytes) or schema.field("class_id").type != pa.int32():
+        raise ValueError(f"its images are not of {image_bytes} bytes each")
+    for number in range(parquet.metadata.num_row_groups):
+        group = parquet.metadata.row_group(number)
+        if group.num_rows * image_bytes > max(MAX_ROW_GROUP_BYTES, image_bytes):
+            raise ValueError(f"row group {number} is of {group.num_rows} images, too many to be read at once")
+        for column in (group.column(index) for index in range(group.num_columns)):
+            if column.compression != "UNCOMPRESSED" or column.has_dictionary_page:
+                raise ValueError(f"row group {number} is compressed, which our shards never are")
 
 
 class ShardReader:
@@ -531,9 +562,13 @@ class ShardReader:
     def _open(self, shard: int) -> pq.ParquetFile:
         if shard not in self._files:
             file = self.folder / self.manifest.shards[shard].file
-            self._files[shard] = pq.ParquetFile(
+            if _leads_outside(self.folder, file):
+                raise ValueError("it is a link to a place outside the data set's folder")
+            parquet = pq.ParquetFile(
                 file.open_input() if isinstance(file, ObjectPath) else file,
                 memory_map=isinstance(file, Path),
                 page_checksum_verification=True,
             )
+            _check_size(parquet, self.manifest.image_bytes)
+            self._files[shard] = parquet
         return self._files[shard]

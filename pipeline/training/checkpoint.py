@@ -135,7 +135,12 @@ class CheckpointStore:
             if hashlib.sha256(saved).hexdigest() != meta["sha256"]:
                 raise DataError(f"{path}: damaged (its sha256 differs from meta.json's). Remove {path.parent}.")
             content = torch.load(io.BytesIO(saved), map_location=device, weights_only=True)
-        except (OSError, ValueError, KeyError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        except pickle.UnpicklingError:  # torch's own message advises to load it all the same
+            raise DataError(
+                f"{path}: holds something else than tensors and plain values, so it is not loaded: it was not written "
+                f"by this package. Remove {path.parent} to go on without it."
+            ) from None
+        except (OSError, ValueError, KeyError, RuntimeError, EOFError) as error:
             raise DataError(f"{path}: cannot be read ({error}). Remove {path.parent} to go on without it.") from error
         return content
 

@@ -62,7 +62,7 @@ def test_a_pickle_is_not_loaded(tmp_path: Path) -> None:
     torch.save({"params": Path("x")}, file)
     meta = store.meta(10) | {"sha256": hashlib.sha256(file.read_bytes()).hexdigest()}
     (store.path(10) / "meta.json").write_text(json.dumps(meta))
-    with pytest.raises(DataError, match="cannot be read"):
+    with pytest.raises(DataError, match=r"state\.pt: holds something else than tensors"):
         store.load(10)
 
 

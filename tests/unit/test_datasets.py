@@ -233,8 +233,8 @@ def test_truncated_picture(format: str, tmp_path: Path) -> None:
 
 
 def test_too_many_pixels_are_refused_before_decoding(tmp_path: Path) -> None:
-    Image.new("1", (8000, 8000)).save(tmp_path / "huge.png")
-    with pytest.raises(DataError, match=r"huge\.png: 8000×8000 pixels is more than the 50 million"):
+    Image.new("1", (8001, 8000)).save(tmp_path / "huge.png")
+    with pytest.raises(DataError, match=r"huge\.png: 8001×8000 pixels are more than the 64 million"):
         open_picture(tmp_path / "huge.png")
 
 
