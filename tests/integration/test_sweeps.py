@@ -175,18 +175,18 @@ def test_trials_on_several_workers(ray_cluster: None, home: Path, tmp_path: Path
 
 def test_a_population_copies_its_best(ray_cluster: None, home: Path, tmp_path: Path) -> None:
     """Trials with a hopeless rate take over the parameters and, perturbed, the rate of those that do well."""
-    base = sinusoid(tmp_path, steps=800, validate_every=50, meta_batch_size=32)
+    base = sinusoid(tmp_path, steps=900, validate_every=100, meta_batch_size=32)
     base["algorithm"]["adaptation_steps"] = 5  # long enough for both to train at the same time
     file = sweep_file(
         tmp_path,
         base,
         search={"outer_lr": {"grid": [1e-2, 1e-9]}},
-        scheduler={"name": "pbt", "interval_steps": 50, "quantile": 0.5},
+        scheduler={"name": "pbt", "interval_steps": 400, "quantile": 0.5},
         max_concurrent=2,
     )
     outcome = run(file)
     assert {trial.status for trial in outcome.trials} == {"finished"}
-    assert {trial.step for trial in outcome.trials} == {800}
+    assert {trial.step for trial in outcome.trials} == {900}
     hopeless = next(trial for trial in outcome.trials if trial.name == "0001")
     assert hopeless.run.experiment().training.outer.outer_lr == hopeless.params["training.outer.outer_lr"]
     assert hopeless.score is not None
