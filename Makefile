@@ -6,7 +6,7 @@ BIN := .venv/bin
 METAPIPE := $(BIN)/metapipe
 STAMP := .venv/.installed
 
-.PHONY: setup demo test lint constraints clean
+.PHONY: setup demo test lint soak constraints clean
 .DEFAULT_GOAL := help
 
 help:
@@ -33,6 +33,10 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# a hundred random kills on several processes, ten under Ray; half an hour
+soak: setup
+	$(BIN)/python -m tests.soak
 
 # after a change of pyproject.toml: resolve anew and commit the result
 constraints:
