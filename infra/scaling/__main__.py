@@ -46,9 +46,9 @@ def show_fit(_: argparse.Namespace) -> None:
     rounds = content["rounds"]
     loads = [load for one in rounds for load in (one["load_before"][0], one["load_after"][0])]
     print(f"{len(rounds)} rounds on {content['machine']}; load {min(loads):g} to {max(loads):g}")
-    print(f"one task, one busy core      {1e3 * found.alone.task_seconds:.2f} ms")
-    print(f"one task, both cores busy    {1e3 * found.together.task_seconds:.2f} ms")
-    print(f"overhead of a step           {1e3 * found.alone.overhead_seconds:.2f} ms")
+    for title, compute in (("one worker", found.alone), ("several workers", found.together)):
+        task, overhead = 1e3 * compute.task_seconds, 1e3 * compute.overhead_seconds
+        print(f"{title:28} {task:.2f} ms a task, {overhead:.2f} ms overhead of a step")
     print(f"noise of a worker's step     {100 * found.alone.cv:.1f} %")
     print(
         f"ring (gloo, loopback)        {1e6 * found.network.latency:.0f} µs, {found.network.bandwidth / 1e9:.2f} GB/s\n"

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 from cost_model import Compute, Network, Setting, expected_slowest, ring
+from scipy.optimize import nnls
 from scipy.stats import binom
 
 MEASUREMENTS = Path(__file__).with_name("measurements.json")
@@ -40,7 +41,7 @@ class Fit(NamedTuple):
     """Of one machine with `cores` cores and one thread a worker."""
 
     alone: Compute  # one busy worker
-    together: Compute  # all cores busy: they share caches and memory
+    together: Compute  # several: they share caches and memory, and have to be woken for each other's messages
     network: Network  # gloo over loopback
     cores: int
     gradient_bytes: float
@@ -81,8 +82,8 @@ def all_reduce_of(content: dict[str, Any]) -> dict[tuple[int, int], float]:
 def fit(content: dict[str, Any], *, workers: tuple[int, ...] = (1, 2, 4)) -> Fit:
     """Least squares of relative errors over the quietest rounds of the settings with these numbers of workers.
 
-    Time per task alone, time per task together and the overhead are linear in a step's seconds, once the noise, taken
-    from the single worker's steps, says by how much the slowest worker exceeds the mean.
+    A step's seconds are linear in time per task and overhead, alone and together, once the noise, taken from the
+    single worker's steps, says by how much the slowest worker exceeds the mean.
     """
     steps = {key: value for key, value in steps_of(content).items() if key[0] in workers}
     cores, gradient_bytes = content["machine"]["cores"], content["gradient_numbers"] * BYTES
@@ -93,11 +94,13 @@ def fit(content: dict[str, Any], *, workers: tuple[int, ...] = (1, 2, 4)) -> Fit
         setting = Setting(count, meta_batch_size, gradient_bytes, Compute(1.0, 0.0, cv), network)
         slowest = expected_slowest(setting) * max(1.0, count / cores)  # tasks of the slowest worker, noise included
         overhead = slowest / (meta_batch_size / count)
-        row = [slowest if count == 1 else 0.0, slowest if count > 1 else 0.0, overhead]
+        row = [slowest, overhead, 0.0, 0.0] if count == 1 else [0.0, 0.0, slowest, overhead]
         rows.append(np.array(row) / measured.quiet)
-        targets.append(1 - sum(ring(count, gradient_bytes, network)) / measured.quiet)
-    alone, together, overhead = np.linalg.lstsq(np.array(rows), np.array(targets), rcond=None)[0].tolist()
-    return Fit(Compute(alone, overhead, cv), Compute(together, overhead, cv), network, cores, gradient_bytes)
+        targets.append(1.0 - sum(ring(count, gradient_bytes, network)) / measured.quiet)
+    found, _ = nnls(np.array(rows), np.array(targets))
+    task, overhead, task_together, overhead_together = found.tolist()
+    alone, together = Compute(task, overhead, cv), Compute(task_together, overhead_together, cv)
+    return Fit(alone, together, network, cores, gradient_bytes)
 
 
 def _network(measured: dict[tuple[int, int], float]) -> Network:

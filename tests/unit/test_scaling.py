@@ -143,7 +143,7 @@ def test_predictions_are_finite_and_below_the_ideal(name: str) -> None:
 
 
 def test_the_fit_finds_the_parameters_it_was_made_from() -> None:
-    alone, together, network = Compute(0.02, 0.01, 0.0), Compute(0.03, 0.01, 0.0), Network(2e9, 1e-4)
+    alone, together, network = Compute(0.02, 0.01, 0.0), Compute(0.03, 0.02, 0.0), Network(2e9, 1e-4)
     truth = fitting.Fit(alone, together, network, 2, 4e5)
     lines = [
         {"workers": w, "meta_batch_size": m, "step_seconds": [cost(truth.setting(w, m)).step] * 5}
@@ -168,6 +168,7 @@ def test_the_fit_finds_the_parameters_it_was_made_from() -> None:
     assert found.alone.task_seconds == pytest.approx(0.02)
     assert found.together.task_seconds == pytest.approx(0.03)
     assert found.alone.overhead_seconds == pytest.approx(0.01)
+    assert found.together.overhead_seconds == pytest.approx(0.02)
     assert found.network.bandwidth == pytest.approx(2e9)
     assert found.network.latency == pytest.approx(1e-4)
 
