@@ -66,20 +66,19 @@ def submit(
     project = Path.cwd()
     environment = job_environment(env or [], os.environ, allow_secrets=allow_secrets)
     experiment = _experiment(words[0], config, overrides)
-    remarks = placement.check_storage(experiment) if experiment else []
-    wanted = [config, *(placement.network_files(experiment, project) if experiment else [])]
+    remarks = placement.check_storage(experiment)
+    wanted = [config, *placement.network_files(experiment, project)]
     cluster = submission.Cluster(url)
     placement.check_addresses(environment, same_files=cluster.shares_files, same_network=cluster.shares_network)
     if check:
         placement.check_answers(environment)
-        if experiment:
-            placement.check_stores(experiment)
+        placement.check_stores(experiment)
     if "MLFLOW_TRACKING_URI" not in environment:
         remarks.append("MLFLOW_TRACKING_URI is not set here: the one in the environment of the cluster's nodes is used")
     command = [packing.packed_name(config, project) if Path(word) == config else word for word in words]
     with tempfile.TemporaryDirectory() as scratch:
         package = packing.pack(project, Path(scratch) / "job.zip", wanted=wanted)
-        resources = placement.driver_resources(experiment) if experiment else {}
+        resources = placement.driver_resources(experiment) if words[0] == "train" else {}  # trials claim their own
         job = cluster.submit(command, package, environment, **resources)
 
     for remark in remarks:
@@ -109,15 +108,19 @@ def _parse(words: list[str]) -> tuple[Path, list[str]]:
     return Path(given["config"]), list(given.get("overrides") or [])
 
 
-def _experiment(command: str, config: Path, overrides: list[str]) -> Experiment | None:
-    """What the command's file describes, where this knows how to read it. Raises ConfigError."""
+def _experiment(command: str, config: Path, overrides: list[str]) -> Experiment:
+    """What the command's file describes (of a sweep, its base experiment). Raises ConfigError."""
     from pipeline import experiment as experiments
-    from pipeline.config import read_yaml
+    from pipeline import sweep as sweeps
+    from pipeline.errors import ConfigError
 
     if command == "train":
         return experiments.load(config, overrides)
-    read_yaml(config)
-    return None
+    sweep = sweeps.load(config, overrides)
+    base = config.parent / sweep.settings.experiment
+    if not all(file.resolve().is_relative_to(Path.cwd()) for file in (config, base)):
+        raise ConfigError(f"{config}: it and its experiment, {base}, must lie in the current folder, which travels.")
+    return sweep.base
 
 
 if __name__ == "__main__":

@@ -160,7 +160,11 @@ class Sweep:
         content.setdefault("training", {}).update(
             {"backend": "ray", "num_workers": workers} if workers else {"backend": "local", "num_workers": 1}
         )
-        return experiments.from_dict(content, source=f"{self.source}: a trial with {params}").absolute()
+        return experiments.from_dict(content, source=f"{self.source}: a trial with {params}")
+
+    def absolute(self) -> Sweep:
+        """With absolute paths: trials run in other folders."""
+        return Sweep(self.settings, self.base.absolute().to_dict(), source=self.source)
 
     def trials(self) -> list[Params]:
         """Every trial of a random or grid sweep, in order."""

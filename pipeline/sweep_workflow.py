@@ -72,6 +72,7 @@ def tune(sweep: Sweep, *, fresh: bool = False, say: Callable[[str], None] = prin
     Raises UserError: bad input, before any trial starts; TrainingStopped: no trial came to a validation.
     """
     keep_freed_memory()
+    sweep = sweep.absolute()
     base = sweep.base
     data_digest = experiments.check_fits(base)
     tracker = Tracker()

@@ -345,3 +345,5 @@ def test_only_train_and_tune_are_submitted_and_only_with_their_own_options() -> 
     assert "No such option: --frsh" in answer("train", "configs/smoke.yaml", "--frsh")
     assert "training.stepz" in answer("train", "configs/smoke.yaml", "--set", "training.stepz=1")
     assert "task.data=data/glyphs" in answer("train", "configs/smoke.yaml", "--follow")
+    assert "task.data=data/glyphs" in answer("tune", "configs/tune/smoke.yaml")
+    assert "algorithm.inner_rl" in answer("tune", "configs/tune/smoke.yaml", "--set", "algorithm.inner_rl=1")
