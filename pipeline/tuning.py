@@ -144,7 +144,8 @@ def _optuna(sweep: Sweep, known: Sequence[Params]) -> Any:
     from ray.tune.search.optuna import OptunaSearch
 
     first = [{f"params/{key}": value for key, value in params.items()} for params in known]
-    return OptunaSearch(metric="score", mode="max", seed=sweep.settings.seed, points_to_evaluate=first or None)
+    seed = sweep.settings.seed + len(known)  # else it would draw first what it drew first
+    return OptunaSearch(metric="score", mode="max", seed=seed, points_to_evaluate=first or None)
 
 
 def _scheduler(sweep: Sweep) -> Any:

@@ -96,7 +96,7 @@ def test_a_grid_with_asha_and_a_trial_that_fails(
             assert [a.path for a in client.list_artifacts(child.info.run_id)].count("error.txt") == 1
 
     # the winner: scored anew on other episodes, registered from its own run
-    assert outcome.fresh.half_width > 0
+    assert outcome.fresh.mean > 0.5, "chance is 0.25"
     assert parent.data.metrics["best_fresh"] == outcome.fresh.mean
     assert parent.data.tags["sweep.best_trial"] == outcome.best.name
     assert outcome.registration is not None
