@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from io import BytesIO
 from pathlib import Path
 
 import numpy as np
 from cost_model import cost
 from matplotlib.figure import Figure
+from PIL import Image
 from scenarios import GPUS, SCENARIOS
 
 PARTS = {
@@ -17,6 +19,7 @@ PARTS = {
     "latency": "all-reduce: latency",
     "occasional": "validation, checkpoints",
 }
+COLORS = 64  # a palette makes the file a quarter as large
 
 
 def predictions(file: Path) -> None:
@@ -52,4 +55,6 @@ def predictions(file: Path) -> None:
             axis.set_title(f"{batch}, {middle:g} tasks/s per GPU", fontsize=9)
     axes[0][1].legend(fontsize=7, loc="lower left")
     figure.suptitle("Predicted from assumptions, not measured; bands: the assumed range of one GPU's rate")
-    figure.savefig(file, dpi=90)
+    drawn = BytesIO()
+    figure.savefig(drawn, format="png", dpi=90)
+    Image.open(drawn).convert("RGB").quantize(COLORS).save(file, optimize=True)
