@@ -99,7 +99,7 @@ def difference(ours: Params, theirs: Params) -> float:
     return max(float((ours[name] - value).norm() / value.norm()) for name, value in theirs.items())
 
 
-def wait_until(happened: Callable[[], bool], *, seconds: float = 120, watch: subprocess.Popen | None = None) -> None:
+def wait_until(happened: Callable[[], bool], *, seconds: float = 200, watch: subprocess.Popen | None = None) -> None:
     """watch: a process that must not end meanwhile."""
     deadline = time.monotonic() + seconds
     while not happened():

@@ -25,7 +25,7 @@ from tests.faults import (
 )
 from tests.servers.ray_on_one_machine import Nodes, ray_nodes
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]  # each starts Ray several times
 
 TRAINING = {"steps": 120, "validate_every": 40, "num_workers": 2, "dtype": "float32", "meta_batch_size": 16}
 

@@ -25,7 +25,7 @@ from pipeline.training import journal
 from tests.faults import wait_until
 from tests.integration.conftest import images_experiment
 
-pytestmark = pytest.mark.integration
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]  # each starts Ray several times
 
 
 def sweep_file(folder: Path, base: dict[str, Any], **settings: Any) -> Path:
