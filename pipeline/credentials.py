@@ -61,15 +61,15 @@ def _split_login(scheme: str, rest: str) -> tuple[str, str]:
     """What stands after `://` as (USER:PASSWORD, the rest); the first is empty where there is no secret in it.
 
     A password should have its / ? # @ percent-encoded, and people forget it. So where a colon is followed by what
-    is no port, all up to the last @ is taken for the password.
+    is no port, all up to the last @ of the whole address is taken for the password: too much rather than too little.
     """
     authority = re.split("[/?#]", rest, maxsplit=1)[0]
-    if "@" not in authority:
-        after_colon = authority.partition(":")[2]
-        in_brackets = authority.startswith("[")  # an IPv6 address
-        if "@" not in rest or not after_colon or after_colon.isdigit() or in_brackets:
-            return "", rest
+    after_colon = authority.partition(":")[2]
+    in_brackets = authority.startswith("[")  # an IPv6 address
+    if "@" in rest and after_colon and not after_colon.isdigit() and not in_brackets:
         authority = rest
+    if "@" not in authority:
+        return "", rest
     login, _, host = authority.rpartition("@")
     if ":" not in login and scheme.lower() not in USER_ONLY_IS_SECRET:
         return "", rest

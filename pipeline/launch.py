@@ -88,10 +88,6 @@ def ray_cluster(cpus: int) -> Iterator[None]:
     address = os.environ.get("RAY_ADDRESS")
     if address and address.startswith("http"):
         address = None  # of a job server, for `metapipe submit`
-    if address is None:
-        # otherwise Ray makes up a token and leaves it in the home folder
-        os.environ.setdefault("RAY_AUTH_MODE", "token")
-        os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
     import ray
 
     if ray.is_initialized():
@@ -99,6 +95,7 @@ def ray_cluster(cpus: int) -> Iterator[None]:
         return
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     if address is None:
+        _ask_for_a_token()
         slots = max(cpus, os.cpu_count() or 1)
         ray.init(address="local", num_cpus=slots, include_dashboard=False, **quiet)
     else:
@@ -114,6 +111,19 @@ def ray_cluster(cpus: int) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _ask_for_a_token() -> None:
+    """Has the private cluster ask for a token, and this process know it.
+
+    Without one in the environment Ray would make it up and leave it in the home folder.
+    """
+    # Ray reads its settings once in a process: where it was imported before, it would not send the token
+    from ray._private.authentication_test_utils import reset_auth_token_state
+
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    os.environ.setdefault("RAY_AUTH_TOKEN", secrets.token_hex(32))
+    reset_auth_token_state()
 
 
 def _run_ray_train(experiment: Experiment, run: RunFolder) -> None:

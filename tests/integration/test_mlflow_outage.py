@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -32,17 +33,23 @@ def test_an_outage_delays_metrics_and_loses_none(image_data: Path, tmp_path: Pat
     def last_step() -> int:
         return max((record["step"] for record in journal.read(run.journal)), default=0)
 
-    with mlflow_server.running(tmp_path / "server", port=port) as server:
+    said = tmp_path / "said.txt"
+
+    def has_said(words: str) -> bool:
+        return words in " ".join(said.read_text().split())
+
+    with said.open("w") as stderr, mlflow_server.running(tmp_path / "server", port=port) as server:
         environment = {**os.environ, "MLFLOW_TRACKING_URI": server.url}
-        training = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+        training = subprocess.Popen(command, env=environment, stderr=stderr)
         wait_until(lambda: last_step() > 20, watch=training)
+        training.send_signal(signal.SIGSTOP)  # however long the server takes to end, training is not over by then
     down_at = last_step()
+    training.send_signal(signal.SIGCONT)
     wait_until(lambda: last_step() > min(down_at + 200, STEPS - 1), watch=training)
+    wait_until(lambda: has_said("MLflow does not answer; training goes on"), watch=training)
     with mlflow_server.running(tmp_path / "server", port=port):
-        _, said = training.communicate(timeout=200)
-        assert training.returncode == 0, said
-        assert "MLflow does not answer; training goes on" in " ".join(said.split())
-        assert "MLflow answers again" in said
+        assert training.wait(timeout=200) == 0, said.read_text()
+        assert has_said("MLflow answers again")
         client = mlflow.MlflowClient(server.url)
         run_id = run.read()["mlflow_run_id"]
         records = journal.read(run.journal)

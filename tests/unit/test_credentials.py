@@ -70,6 +70,8 @@ def test_a_login_is_found_whole_and_left_out_whole(user: str, password: str) -> 
 
 
 @given(password=st.text(st.characters(codec="ascii", categories=["L", "N", "P", "S"], exclude_characters="'\"<>`")))
+@example(password="@#")
+@example(password="@x/")
 def test_a_password_that_should_have_been_encoded(password: str) -> None:
     """Marked by letters around, so that what is left of it is seen."""
     secret = f"zq{password}qz"
