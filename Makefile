@@ -20,7 +20,9 @@ $(STAMP): pyproject.toml infra/constraints.txt
 	@echo "setting up .venv (a few GB, about a minute)"
 	@test -x $(BIN)/pip || $(PYTHON) -m venv .venv
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint infra/constraints.txt uv
-	@$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint infra/constraints.txt --editable '.[dev]'
+	@# compiled once, here: where Python may not write bytecode, every process would compile torch and Ray anew (a minute)
+	@$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --constraint infra/constraints.txt \
+	  --editable '.[dev]'
 	@touch $@
 
 demo: setup

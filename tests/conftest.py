@@ -9,7 +9,7 @@ import pytest
 from pipeline.datasets.source import RawClass
 from pipeline.tasks import shards
 from pipeline.types import SPLITS, Split
-from tests.servers import mlflow_server, moto_server, postgres
+from tests.servers import mlflow_server, postgres, s3
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -77,8 +77,8 @@ def postgres_server() -> Iterator[postgres.Postgres]:
 @pytest.fixture(scope="session")
 def object_store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     """A real S3 endpoint of the session's own, with no bucket yet; what the environment of its clients needs."""
-    with moto_server.running(tmp_path_factory.mktemp("object-store")) as env:
-        yield env
+    with s3.running(tmp_path_factory.mktemp("object-store")) as server:
+        yield server.environment
 
 
 @pytest.fixture(scope="session")

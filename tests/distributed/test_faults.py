@@ -42,7 +42,8 @@ from tests.faults import (
     wait_until,
     worker_processes,
 )
-from tests.servers.s3 import S3, s3_server
+from tests.servers import s3 as s3_server
+from tests.servers.s3 import S3
 
 pytestmark = pytest.mark.distributed
 
@@ -312,7 +313,9 @@ def test_a_shard_damaged_during_the_run_is_named_and_repaired(tiny_data: Path, t
 
 @pytest.fixture(scope="module")
 def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3]:
-    with s3_server(tmp_path_factory.mktemp("s3")) as server:
+    """With one bucket, which is named `bucket`."""
+    with s3_server.running(tmp_path_factory.mktemp("s3")) as server, s3_server.as_our_own(server):
+        server.make_bucket("bucket")
         yield server
 
 
@@ -320,11 +323,11 @@ def test_data_and_run_in_a_store_that_fails_one_request_in_ten(
     s3: S3, tiny_data: Path, tmp_path: Path, more: RunFolder
 ) -> None:
     """Refused requests and lost answers while data is read and checkpoints and metrics are written, and a SIGKILL."""
-    data = storage.location(f"s3://{s3.bucket}/data/tiny")
+    data = storage.location("s3://bucket/data/tiny")
     storage.copy_folder(tiny_data, data, last=shards.MANIFEST)
     assert shards.verify(data) == shards.read_manifest(tiny_data)
-    exp = experiment(f"s3://{s3.bucket}/runs", str(data), **MORE)
-    run = RunFolder(f"s3://{s3.bucket}/runs/images/001")
+    exp = experiment("s3://bucket/runs", str(data), **MORE)
+    run = RunFolder("s3://bucket/runs/images/001")
     command = driver(exp, tmp_path)
     s3.fail(0.1)
     try:
@@ -345,7 +348,7 @@ def test_a_store_that_cannot_be_written_is_told_before_anything_starts(s3: S3, t
     from pipeline import runs
     from pipeline.errors import ConfigError
 
-    exp = experiment(f"s3://no-such-{s3.bucket}/runs", tiny_data)
+    exp = experiment("s3://no-such-bucket/runs", tiny_data)
     with (
         pytest.raises(ConfigError, match=r"tracking\.runs=s3://no-such-bucket/runs/images: cannot be written"),
         runs.claimed(runs.runs_of(exp)),
@@ -367,7 +370,7 @@ def test_one_process_at_a_time_works_on_a_name_in_a_store(s3: S3) -> None:
     from pipeline import runs
     from pipeline.errors import ConfigError
 
-    address = f"s3://{s3.bucket}/runs/claimed"
+    address = "s3://bucket/runs/claimed"
     with subprocess.Popen([sys.executable, "-c", HOLDER, address], stdout=subprocess.PIPE) as process:
         assert process.stdout is not None
         try:

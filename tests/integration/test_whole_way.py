@@ -11,8 +11,6 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import mlflow
@@ -29,43 +27,11 @@ from pipeline.tasks import shards
 from pipeline.training import journal
 from pipeline.workflow import Outcome
 from tests.integration.conftest import STEPS, images_experiment
+from tests.servers import mlflow_server, process
 
 pytestmark = pytest.mark.integration
 
 CHAMPION = "models:/tiny@champion"
-
-
-@contextmanager
-def server(command: list[str], health: str, env: dict[str, str], seconds: float = 120) -> Iterator[None]:
-    """A server process in a session of its own, from when it answers until the block ends."""
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"  # mlflow looks for uvicorn there
-    log = Path(env.pop("LOG"))
-    with log.open("w") as stream:
-        process = subprocess.Popen(
-            command, env={**os.environ, "PATH": path, **env}, stdout=stream, stderr=stream, start_new_session=True
-        )
-    try:
-        deadline = time.monotonic() + seconds
-        while True:
-            assert process.poll() is None, log.read_text()
-            assert time.monotonic() < deadline, log.read_text()
-            try:
-                urllib.request.urlopen(health, timeout=2).close()
-                break
-            except (urllib.error.URLError, OSError):
-                time.sleep(0.3)
-        yield
-    finally:
-        os.killpg(process.pid, 15)
-        process.wait(timeout=30)
-
-
-def free_port() -> int:
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def test_the_run_is_in_mlflow_with_every_step(trained: Outcome, image_data: Path) -> None:
@@ -206,8 +172,8 @@ def test_evaluation_of_a_registered_model_with_baselines(trained: Outcome, image
 
 def test_served_over_http(trained: Outcome, home: Path, image_data: Path) -> None:
     """`mlflow models serve`, and adapt-and-predict with one POST."""
-    port = free_port()
-    mlflow_command = str(Path(sys.executable).with_name("mlflow"))
+    port = process.free_port()
+    mlflow_command = str(mlflow_server.BIN / "mlflow")
     command = [mlflow_command, "models", "serve", "-m", CHAMPION, "--env-manager", "local", "--port", str(port)]
     url = f"http://127.0.0.1:{port}"
 
@@ -223,8 +189,10 @@ def test_served_over_http(trained: Outcome, home: Path, image_data: Path) -> Non
 
     x = np.random.default_rng(1).random((6, 1, 28, 28), dtype=np.float32)
     inputs = {"support_x": x.tolist(), "support_y": [0, 0, 1, 1, 2, 2], "query_x": x[:2].tolist()}
-    env = {"LOG": str(home / "serve.log"), "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false"}
-    with server(command, f"{url}/ping", env):
+    env = {**os.environ, "MLFLOW_ALLOW_PICKLE_DESERIALIZATION": "false"}
+    env["PATH"] = f"{mlflow_server.BIN}{os.pathsep}{env['PATH']}"  # mlflow looks for uvicorn there
+    log = home / "serve.log"
+    with process.running(command, answers=lambda: process.responds(f"{url}/ping"), log=log, env=env):
         status, answer = post({"inputs": inputs})
         assert status == 200, answer
         expected = serving.load(CHAMPION).adapt(x, [0, 0, 1, 1, 2, 2]).predict(x[:2])
@@ -238,19 +206,10 @@ def test_served_over_http(trained: Outcome, home: Path, image_data: Path) -> Non
         assert "6 classes, but tiny was trained for 4-way" in answer["message"]
 
 
-def test_a_real_mlflow_server(home: Path, image_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_real_mlflow_server(image_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Runs, artifacts and the registry over HTTP."""
-    port = free_port()
-    url = f"http://127.0.0.1:{port}"
-    command = [
-        str(Path(sys.executable).with_name("mlflow")),
-        *("server", "--host", "127.0.0.1", "--port", str(port), "--workers", "1"),
-        *("--backend-store-uri", f"sqlite:///{tmp_path / 'server.db'}"),
-        *("--artifacts-destination", str(tmp_path / "artifacts")),
-    ]
-    env = {"LOG": str(home / "server.log"), "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-    with server(command, f"{url}/health", env):
-        monkeypatch.setenv("MLFLOW_TRACKING_URI", url)
+    with mlflow_server.running(tmp_path / "server") as server:
+        monkeypatch.setenv("MLFLOW_TRACKING_URI", server.url)
         exp = images_experiment(tmp_path, image_data, backend="local", num_workers=1)
         printed = io.StringIO()
         with contextlib.redirect_stdout(printed):
@@ -261,7 +220,7 @@ def test_a_real_mlflow_server(home: Path, image_data: Path, tmp_path: Path, monk
         learner = serving.load(CHAMPION)
         saved = outcome.run.checkpoints.load_meta(learner.card.checkpoint["step"])
         assert all(torch.equal(learner.state.params[k], v) for k, v in saved.params.items())
-        client = mlflow.MlflowClient(url)
+        client = mlflow.MlflowClient(server.url)
         assert len(client.get_metric_history(outcome.mlflow_run_id, "meta_loss")) == STEPS
     mlflow.set_tracking_uri(None)
 
@@ -332,18 +291,18 @@ def test_an_interrupt_ends_everything_and_says_how_to_go_on(
     config = tmp_path / "experiment.yaml"
     config.write_text(yaml.safe_dump(exp.to_dict()))
     command = [sys.executable, "-m", "jobs.train", str(config)]
-    process = subprocess.Popen(
+    training = subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
     )
     run = runs.RunFolder(tmp_path / "runs" / "tiny" / "001")
     deadline = time.monotonic() + 120
     while run.checkpoints.latest() is None:
-        assert process.poll() is None
+        assert training.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    os.killpg(process.pid, 2)
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode == 130, errors
+    os.killpg(training.pid, 2)
+    _, errors = training.communicate(timeout=60)
+    assert training.returncode == 130, errors
     assert "goes on from its last checkpoint" in " ".join(errors.split())
     assert "Traceback" not in errors
     assert mlflow.MlflowClient().get_run(run.read()["mlflow_run_id"]).info.status == "KILLED"

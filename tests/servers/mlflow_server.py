@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import secrets
 import sys
-import urllib.error
-import urllib.request
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -123,13 +121,5 @@ def _secrets(admin: Account) -> dict[str, str]:
 def _answering(url: str, command: list[str], log: Path, settings: Mapping[str, str]) -> Iterator[MlflowServer]:
     env = {k: v for k, v in os.environ.items() if not k.startswith(("MLFLOW_", "PG"))}
     env["PATH"] = f"{BIN}{os.pathsep}{os.environ['PATH']}"  # mlflow looks for uvicorn there
-    with process.running(command, answers=lambda: _healthy(url), log=log, env={**env, **settings}):
+    with process.running(command, answers=lambda: process.responds(f"{url}/health"), log=log, env={**env, **settings}):
         yield MlflowServer(url, log)
-
-
-def _healthy(url: str) -> bool:
-    try:
-        urllib.request.urlopen(f"{url}/health", timeout=2).close()
-    except (urllib.error.URLError, OSError):
-        return False
-    return True

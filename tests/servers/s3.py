@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 import urllib.request
 from collections.abc import Iterator
@@ -11,9 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
-import pyarrow.fs as pafs
-
 from pipeline import storage
+from tests.servers import process
 
 # Every other failure answers 503 before the request was carried out; the rest carry it out and lose the answer.
 SERVER = """
@@ -44,26 +42,32 @@ class Quiet(WSGIRequestHandler):
     def log(self, *arguments):
         pass
 
-server = make_server("127.0.0.1", 0, application, threaded=True, request_handler=Quiet)
-print(server.port, flush=True)
+server = make_server("127.0.0.1", int(sys.argv[3]), application, threaded=True, request_handler=Quiet)
 server.serve_forever()
 """
 
-ENVIRONMENT = {
-    "AWS_ACCESS_KEY_ID": "test",
-    "AWS_SECRET_ACCESS_KEY": "a-secret-of-the-tests",
-    "AWS_REGION": "us-east-1",
-    "AWS_EC2_METADATA_DISABLED": "true",
-}
-
 
 class S3(NamedTuple):
-    """An endpoint with one bucket."""
+    """An endpoint on loopback, with no bucket yet."""
 
     endpoint: str
-    bucket: str
     control: Path
     log: Path
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """What its clients need."""
+        return {
+            "AWS_ENDPOINT_URL": self.endpoint,
+            "AWS_REGION": "us-east-1",
+            "AWS_ACCESS_KEY_ID": "test",
+            "AWS_SECRET_ACCESS_KEY": "a-secret-of-the-tests",
+            "AWS_EC2_METADATA_DISABLED": "true",
+        }
+
+    def make_bucket(self, name: str) -> None:
+        request = urllib.request.Request(f"{self.endpoint}/{name}", method="PUT")
+        urllib.request.urlopen(request, timeout=30).close()
 
     def fail(self, rate: float) -> None:
         """The share of requests to fail from now on."""
@@ -75,26 +79,27 @@ class S3(NamedTuple):
 
 
 @contextmanager
-def s3_server(folder: Path) -> Iterator[S3]:
-    """Serve while the block runs, with the environment set for it and a bucket named `bucket`."""
-    control, log = folder / "failure-rate", folder / "requests"
-    control.write_text("0")
-    command = [sys.executable, "-c", SERVER, str(control), str(log)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        try:
-            endpoint = f"http://127.0.0.1:{process.stdout.readline().strip()}"
-            before = {name: os.environ.get(name) for name in (*ENVIRONMENT, "AWS_ENDPOINT_URL")}
-            os.environ.update({**ENVIRONMENT, "AWS_ENDPOINT_URL": endpoint})
-            storage._store.cache_clear()
-            request = urllib.request.Request(f"{endpoint}/bucket", method="PUT")
-            urllib.request.urlopen(request, timeout=30).close()
-            try:
-                yield S3(endpoint, "bucket", control, log)
-            finally:
-                for name, value in before.items():
-                    os.environ.pop(name) if value is None else os.environ.__setitem__(name, value)
-                storage._store.cache_clear()
-        finally:
-            process.kill()
-    pafs.ensure_s3_initialized()
+def running(folder: Path) -> Iterator[S3]:
+    """A server of its own, until the block ends."""
+    port = process.free_port()
+    server = S3(f"http://127.0.0.1:{port}", folder / "failure-rate", folder / "requests")
+    server.control.write_text("0")
+    command = [sys.executable, "-c", SERVER, str(server.control), str(server.log), str(port)]
+    with process.running(
+        command, answers=lambda: process.responds(f"{server.endpoint}/moto-api/"), log=folder / "moto.log"
+    ):
+        yield server
+
+
+@contextmanager
+def as_our_own(server: S3) -> Iterator[None]:
+    """This process's environment, and that of those it starts, set for the server."""
+    before = {name: os.environ.get(name) for name in server.environment}
+    os.environ.update(server.environment)
+    storage._store.cache_clear()
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name) if value is None else os.environ.__setitem__(name, value)
+        storage._store.cache_clear()
