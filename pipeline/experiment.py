@@ -14,6 +14,7 @@ from pipeline import config
 from pipeline.algorithms import ALGORITHMS
 from pipeline.config import Section
 from pipeline.errors import ConfigError
+from pipeline.kernels import Kernel, Precision
 from pipeline.models import MODELS
 from pipeline.storage import Address
 from pipeline.tasks import TASK_FAMILIES
@@ -41,6 +42,11 @@ class TrainingConfig(Section):
     task_chunk: int | None = Field(default=None, ge=1)
     # tasks adapted at once; bounds memory. None: what was measured fastest on CPU, the whole share on a GPU
     dtype: Literal["float32", "float64"] = "float32"
+    kernel: Kernel = "auto"
+    # of conv4, all of them exact. auto: native (C++, on CPUs with a compiler) where it can be built, else closed
+    # (PyTorch alone, any device); pure: PyTorch's own derivatives, slow, the reference
+    precision: Precision = "float32"
+    # mixed: the query pass of training in bfloat16, adaptation and evaluation in float32 (native kernels only)
     backend: Literal["ray", "processes", "local"] = "ray"  # processes: gloo without Ray; local: in this process
     num_workers: int | tuple[int, int] = 1  # or [fewest, most]: as many as there is room for, changing as it does
     resize_seconds: float = Field(default=60.0, gt=0)  # between looks at whether there is room for more workers (ray)
@@ -63,6 +69,17 @@ class TrainingConfig(Section):
     @field_serializer("num_workers")
     def _as_it_was_given(self, value: int | tuple[int, int]) -> int | list[int]:
         return value if isinstance(value, int) else list(value)
+
+    @model_validator(mode="after")
+    def _kernels_fit(self) -> TrainingConfig:
+        if self.kernel == "native" and self.use_gpu:
+            raise ValueError("kernel: native is for CPUs and use_gpu is true: set kernel to auto or closed")
+        if self.precision == "mixed" and (self.kernel in ("pure", "closed") or self.use_gpu):
+            given = "use_gpu: true" if self.use_gpu else f"kernel: {self.kernel}"
+            raise ValueError(f"precision: mixed needs the native kernels, which {given} rules out: set it to float32")
+        if self.precision == "mixed" and self.dtype != "float32":
+            raise ValueError(f"precision: mixed keeps parameters in float32, dtype is {self.dtype}")
+        return self
 
     @model_validator(mode="after")
     def _every_worker_has_a_slot(self) -> TrainingConfig:
@@ -149,6 +166,11 @@ def task_chunk(experiment: Experiment, parts: Components, device: torch.device) 
     return experiment.training.task_chunk or fastest
 
 
+def _kernel_on(device: torch.device, kernel: Kernel) -> Kernel:
+    """A run on CPUs may be evaluated on a GPU, where its native kernels do not exist."""
+    return "auto" if kernel == "native" and device.type != "cpu" else kernel
+
+
 def build(experiment: Experiment, *, device: torch.device) -> Components:
     """The experiment's components on a device.
 
@@ -156,7 +178,14 @@ def build(experiment: Experiment, *, device: torch.device) -> Components:
     """
     dtype = getattr(torch, experiment.training.dtype)
     family = experiment.task.build(device=device, dtype=dtype)
-    model = experiment.model.build(input_shape=family.input_shape, num_outputs=family.num_outputs, dtype=dtype)
+    model = experiment.model.build(
+        input_shape=family.input_shape,
+        num_outputs=family.num_outputs,
+        dtype=dtype,
+        device=device,
+        kernel=_kernel_on(device, experiment.training.kernel),
+        precision=experiment.training.precision if device.type == "cpu" else "float32",
+    )
     return Components(family, model, experiment.algorithm.build(model=model, objective=family.objective))
 
 

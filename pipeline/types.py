@@ -73,18 +73,31 @@ class TaskModel(Protocol):
     """A network whose parameters and inputs carry a leading task axis."""
 
     cpu_task_chunk: int | None  # tasks at once that are fastest on CPU, as measured; None: as many as there are
+    kernel: str  # what it computes with, and how precisely: see `pipeline.kernels`
+    precision: str
 
     def init(self, seed: int) -> Params:
         """Fresh meta-parameters (no task axis), a pure function of `seed`."""
         ...
 
+    def prepare(self, x: Tensor) -> Any:
+        """x [T, N, ...] made ready for several passes over it: what `apply` takes in its place."""
+        ...
+
     def apply(
-        self, params: Params, x: Tensor, *, statistics: Statistics | None = None, observe: bool = False
+        self,
+        params: Params,
+        x: Any,
+        *,
+        statistics: Statistics | None = None,
+        observe: bool = False,
+        low_precision: bool = False,
     ) -> tuple[Tensor, Statistics]:
         """Parameters [T, ...] and x [T, N, ...] -> outputs [T, N, num_outputs] and normalization statistics.
 
         With `statistics` None each task is normalized by the batch statistics of its own `x`; otherwise by the
         given ones. `observe` returns the batch statistics of this pass (differentiable); else the dict is empty.
+        `low_precision` permits activations in bfloat16 where the model was built for it.
         """
         ...
 

@@ -11,7 +11,7 @@ is delicate; transductive batch statistics, which the paper uses, let queries in
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field, model_validator
@@ -83,13 +83,14 @@ class MAML:
         num_classes: int | None = None,
     ) -> Iterator[Adapted]:
         params = _per_task({k: v.detach() for k, v in state.params.items()}, len(support_x))
+        support = self.model.prepare(support_x)
         for step in range(steps + 1):
             if step:
                 with torch.enable_grad():
                     params = {k: v.detach().requires_grad_() for k, v in params.items()}
-                    params = self._inner_step(params, support_x, support_y, num_classes, create_graph=False)
+                    params = self._inner_step(params, support, support_y, num_classes, create_graph=False)
             with torch.no_grad():
-                yield self._adapted(params, state.buffers, support_x, inductive)
+                yield self._adapted(params, state.buffers, support, len(support_x), inductive)
 
     def predict(self, adapted: Adapted, query_x: Tensor, normalization: Normalization) -> Tensor:
         statistics = adapted.statistics if normalization == "inductive" else None
@@ -98,15 +99,15 @@ class MAML:
     def meta_grad(self, state: MetaState, batch: TaskBatch, *, step: int) -> MetaGradient:
         config = self.config
         meta_params = {k: v.detach().requires_grad_() for k, v in state.params.items()}
+        tasks = len(batch.support_x)
+        support, query = self.model.prepare(batch.support_x), self.model.prepare(batch.query_x)
         with torch.enable_grad():
-            params = _per_task(meta_params, len(batch.support_x))
+            params = _per_task(meta_params, tasks)
             for _ in range(config.adaptation_steps):
-                params = self._inner_step(
-                    params, batch.support_x, batch.support_y, None, create_graph=not config.first_order
-                )
-            adapted = self._adapted(params, state.buffers, batch.support_x, config.normalization == "inductive")
+                params = self._inner_step(params, support, batch.support_y, None, create_graph=not config.first_order)
+            adapted = self._adapted(params, state.buffers, support, tasks, config.normalization == "inductive")
             outputs, observed = self.model.apply(
-                adapted.params, batch.query_x, statistics=adapted.statistics, observe=self._running
+                adapted.params, query, statistics=adapted.statistics, observe=self._running, low_precision=True
             )
             losses = self.objective.loss(outputs, batch.query_y)  # [T]
             grads = torch.autograd.grad(losses.sum(), list(meta_params.values()))
@@ -125,24 +126,24 @@ class MAML:
     def _inner_step(
         self,
         params: Params,
-        support_x: Tensor,
+        support: Any,
         support_y: Tensor,
         num_classes: int | None,
         *,
         create_graph: bool,
     ) -> Params:
         """θ' = θ − α ∇L_support(θ) for every task at once (tasks are independent: the sum's gradient is each one's)."""
-        outputs, _ = self.model.apply(params, support_x)
+        outputs, _ = self.model.apply(params, support)
         losses = self.objective.loss(outputs[..., :num_classes], support_y)
         grads = torch.autograd.grad(losses.sum(), list(params.values()), create_graph=create_graph)
         return {k: v - self.config.inner_lr * g for (k, v), g in zip(params.items(), grads, strict=True)}
 
-    def _adapted(self, params: Params, buffers: Statistics, support_x: Tensor, inductive: bool) -> Adapted:
+    def _adapted(self, params: Params, buffers: Statistics, support: Any, tasks: int, inductive: bool) -> Adapted:
         if not inductive:
             return Adapted(params, None)
         if self._running and buffers:
-            return Adapted(params, _per_task(buffers, len(support_x)))
-        return Adapted(params, self.model.apply(params, support_x, observe=True)[1])
+            return Adapted(params, _per_task(buffers, tasks))
+        return Adapted(params, self.model.apply(params, support, observe=True)[1])
 
 
 def _per_task(params: Params, tasks: int) -> Params:

@@ -5,7 +5,8 @@ convolutions and a spatial mean on Omniglot. Each block: convolution 3×3, batch
 The convolution has no bias: before a batch normalization its gradient is zero.
 
 Activations are [N, T·C, H, W], tasks side by side on the channel axis, so a task-batched convolution is one
-grouped convolution and per-channel statistics are per-task ones.
+grouped convolution and per-channel statistics are per-task ones. `_pure` says what is computed; `_fast` computes the
+same with the kernels of `pipeline.kernels`.
 """
 
 from __future__ import annotations
@@ -17,12 +18,16 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from pipeline import kernels
 from pipeline.config import Section
 from pipeline.errors import ConfigError
+from pipeline.kernels import Kernel, Precision, closed, native
+from pipeline.kernels.closed import Images
 from pipeline.models.normalization import Normalizer
 from pipeline.types import Params, Statistics
 
 BLOCKS = 4
+CPU = torch.device("cpu")
 
 
 class Conv4Config(Section):
@@ -33,9 +38,19 @@ class Conv4Config(Section):
     downsample: Literal["max_pool", "stride"] = "max_pool"
     readout: Literal["flatten", "mean"] | None = None  # None: flatten after max_pool, mean after stride (the papers)
 
-    def build(self, *, input_shape: tuple[int, ...], num_outputs: int, dtype: torch.dtype) -> Conv4:
-        """Raises ConfigError: the inputs are not images, or too small for four halvings."""
-        return Conv4(self, input_shape=input_shape, num_outputs=num_outputs, dtype=dtype)
+    def build(
+        self,
+        *,
+        input_shape: tuple[int, ...],
+        num_outputs: int,
+        dtype: torch.dtype,
+        device: torch.device = CPU,
+        kernel: Kernel = "closed",
+        precision: Precision = "float32",
+    ) -> Conv4:
+        """Raises ConfigError: the inputs are not images, or are too small; kernels that cannot be used."""
+        choice = kernels.choose(kernel, precision, device=device, channels=self.hidden, dtype=dtype)
+        return Conv4(self, input_shape=input_shape, num_outputs=num_outputs, dtype=dtype, choice=choice)
 
 
 class Conv4:
@@ -44,12 +59,20 @@ class Conv4:
     cpu_task_chunk = 4  # more tasks side by side leave the caches: tests/benchmarks/chunks.py
 
     def __init__(
-        self, config: Conv4Config, *, input_shape: tuple[int, ...], num_outputs: int, dtype: torch.dtype
+        self,
+        config: Conv4Config,
+        *,
+        input_shape: tuple[int, ...],
+        num_outputs: int,
+        dtype: torch.dtype,
+        choice: kernels.Choice,
     ) -> None:
         if len(input_shape) != 3:
             raise ConfigError(f"model.name: conv4 takes images [C, H, W], the task has inputs {list(input_shape)}.")
         self.config = config
         self.dtype = dtype
+        self.kernel, self.precision = choice
+        self.stride, self.pool = (2, 1) if config.downsample == "stride" else (1, 2)
         self.in_channels, height, width = input_shape
         self.num_outputs = num_outputs
         self.readout = config.readout or ("flatten" if config.downsample == "max_pool" else "mean")
@@ -80,23 +103,60 @@ class Conv4:
         params["head.bias"] = torch.zeros(self.num_outputs)
         return {name: value.to(self.dtype) for name, value in params.items()}
 
+    def prepare(self, x: Tensor) -> Tensor | Images:
+        """x [T, N, C, H, W] -> what `apply` takes, for several passes over the same images."""
+        return x if self.kernel == "pure" else closed.prepare(x, stride=self.stride)
+
     def apply(
-        self, params: Params, x: Tensor, *, statistics: Statistics | None = None, observe: bool = False
+        self,
+        params: Params,
+        x: Tensor | Images,
+        *,
+        statistics: Statistics | None = None,
+        observe: bool = False,
+        low_precision: bool = False,
     ) -> tuple[Tensor, Statistics]:
-        """x [T, N, C, H, W] -> logits [T, N, num_outputs], observed statistics."""
-        tasks = len(x)
+        """x [T, N, C, H, W], or what `prepare` made of it -> logits [T, N, num_outputs], observed statistics."""
+        if isinstance(x, Tensor) and (self.kernel == "pure" or statistics is not None or observe):
+            x = x.transpose(0, 1).flatten(1, 2)  # [N, T·C, H, W]
+        elif isinstance(x, Tensor):
+            x = closed.prepare(x, stride=self.stride)
+        if isinstance(x, Images) and statistics is None and not observe:
+            half = low_precision and self.precision == "mixed"
+            return self._head(params, self._fast(params, x, torch.bfloat16 if half else self.dtype)), {}
         normalize = Normalizer(statistics, observe)
-        x = x.transpose(0, 1).flatten(1, 2)  # [N, T·C, H, W]
-        stride = 2 if self.config.downsample == "stride" else 1
+        x = self._pure(params, x.side_by_side if isinstance(x, Images) else x, normalize)
+        return self._head(params, x), normalize.observed
+
+    def _pure(self, params: Params, x: Tensor, normalize: Normalizer) -> Tensor:
+        """The four blocks in stock ops: x [N, T·C, H, W] -> [N, T·hidden, H', W']."""
         for block in range(1, BLOCKS + 1):
-            name = f"block{block}"
-            weight = params[f"{name}.conv.weight"].flatten(0, 1)
-            x = F.conv2d(x, weight, stride=stride, padding=1, groups=tasks)
-            x = normalize(f"{name}.norm", x, params[f"{name}.norm.weight"], params[f"{name}.norm.bias"])
-            x = F.relu(x)
-            if self.config.downsample == "max_pool":
-                x = F.max_pool2d(x, 2)
-        x = x.unflatten(1, (tasks, -1)).transpose(0, 1)  # [T, N, hidden, H', W']
+            weight, gain, offset = _of_block(params, block)
+            x = F.conv2d(x, weight.flatten(0, 1), stride=self.stride, padding=1, groups=len(weight))
+            x = F.relu(normalize(f"block{block}.norm", x, gain, offset))
+            if self.pool > 1:
+                x = F.max_pool2d(x, self.pool)
+        return x
+
+    def _fast(self, params: Params, images: Images, dtype: torch.dtype) -> Tensor:
+        """The four blocks in ops closed under differentiation; activations of `dtype`."""
+        ops = native if self.kernel == "native" and images.padded.device.type == "cpu" else closed
+        x = ops.first_layer(images, *_of_block(params, 1), stride=self.stride, pool=self.pool, dtype=dtype)
+        for block in range(2, BLOCKS + 1):
+            weight, gain, offset = _of_block(params, block)
+            x = ops.convolution(x, weight.flatten(0, 1), stride=self.stride, tasks=len(weight))
+            x = ops.norm_relu_pool(x, gain.flatten(), offset.flatten(), pool=self.pool)
+        return x
+
+    def _head(self, params: Params, x: Tensor) -> Tensor:
+        """x [N, T·hidden, H', W'] -> logits [T, N, num_outputs]."""
+        x = x.to(self.dtype).unflatten(1, (-1, self.config.hidden)).transpose(0, 1)  # [T, N, hidden, H', W']
         features = x.mean(dim=(3, 4)) if self.readout == "mean" else x.flatten(2)
-        logits = torch.baddbmm(params["head.bias"].unsqueeze(1), features, params["head.weight"].transpose(1, 2))
-        return logits, normalize.observed
+        return torch.baddbmm(params["head.bias"].unsqueeze(1), features, params["head.weight"].transpose(1, 2))
+
+
+def _of_block(params: Params, block: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Filters [T, O, I, 3, 3], gains and offsets [T, O]."""
+    names = ("conv.weight", "norm.weight", "norm.bias")
+    weight, gain, offset = (params[f"block{block}.{name}"] for name in names)
+    return weight, gain, offset

@@ -10,7 +10,9 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from pipeline import kernels
 from pipeline.config import Section
+from pipeline.kernels import Kernel, Precision
 from pipeline.models.normalization import Normalizer
 from pipeline.types import Params, Statistics
 
@@ -22,7 +24,18 @@ class MLPConfig(Section):
     hidden: list[Annotated[int, Field(ge=1)]] = Field(default=[40, 40], min_length=1)  # units per layer
     normalization: Literal["none", "batch"] = "none"  # batch: MAML's non-convolutional Omniglot network
 
-    def build(self, *, input_shape: tuple[int, ...], num_outputs: int, dtype: torch.dtype) -> MLP:
+    def build(
+        self,
+        *,
+        input_shape: tuple[int, ...],
+        num_outputs: int,
+        dtype: torch.dtype,
+        device: torch.device | None = None,
+        kernel: Kernel = "auto",
+        precision: Precision = "float32",
+    ) -> MLP:
+        """Raises ConfigError: kernels were asked for that it does not have. It is the same on every device."""
+        kernels.only_stock_ops(self.name, kernel, precision)
         return MLP(self, input_shape=input_shape, num_outputs=num_outputs, dtype=dtype)
 
 
@@ -30,6 +43,7 @@ class MLP:
     """Parameters: `layer{i}.{weight,bias}`, `norm{i}.{weight,bias}` with normalization, `head.{weight,bias}`."""
 
     cpu_task_chunk = None
+    kernel, precision = "pure", "float32"
 
     def __init__(
         self, config: MLPConfig, *, input_shape: tuple[int, ...], num_outputs: int, dtype: torch.dtype
@@ -54,8 +68,17 @@ class MLP:
                 params[f"norm{layer}.bias"] = torch.zeros(fan_out)
         return {name: value.to(self.dtype) for name, value in params.items()}
 
+    def prepare(self, x: Tensor) -> Tensor:
+        return x
+
     def apply(
-        self, params: Params, x: Tensor, *, statistics: Statistics | None = None, observe: bool = False
+        self,
+        params: Params,
+        x: Tensor,
+        *,
+        statistics: Statistics | None = None,
+        observe: bool = False,
+        low_precision: bool = False,
     ) -> tuple[Tensor, Statistics]:
         """x [T, N, ...] -> outputs [T, N, num_outputs], observed statistics (empty without normalization)."""
         normalize = Normalizer(statistics, observe)

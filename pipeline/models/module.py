@@ -19,8 +19,10 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
+from pipeline import kernels
 from pipeline.config import Section
 from pipeline.errors import ConfigError
+from pipeline.kernels import Kernel, Precision
 from pipeline.types import Params, Statistics
 
 Batching = Literal["auto", "loop", "vmap"]
@@ -37,8 +39,18 @@ class ModuleConfig(Section):
     # auto: a loop on CPU for networks with convolutions (vmap turns them into grouped ones, measured slower there),
     # vmap otherwise; measured by tests/benchmarks/batching.py
 
-    def build(self, *, input_shape: tuple[int, ...], num_outputs: int, dtype: torch.dtype) -> ModuleModel:
-        """Raises ConfigError: the factory cannot be imported or called, or does not fit the task."""
+    def build(
+        self,
+        *,
+        input_shape: tuple[int, ...],
+        num_outputs: int,
+        dtype: torch.dtype,
+        device: torch.device | None = None,
+        kernel: Kernel = "auto",
+        precision: Precision = "float32",
+    ) -> ModuleModel:
+        """Raises ConfigError: the factory cannot be imported or called, or does not fit the task or the kernels."""
+        kernels.only_stock_ops(self.name, kernel, precision)
         factory = _import(self.factory, self.folder)
 
         def make() -> nn.Module:
@@ -109,6 +121,7 @@ class ModuleModel:
     """
 
     cpu_task_chunk = None
+    kernel, precision = "pure", "float32"
 
     def __init__(self, make: Any, *, dtype: torch.dtype, batching: Batching = "auto") -> None:
         self._make = make
@@ -144,8 +157,17 @@ class ModuleModel:
                 f"model.factory: {name} returns {shape} for two examples, the task needs {[2, num_outputs]}."
             )
 
+    def prepare(self, x: Tensor) -> Tensor:
+        return x
+
     def apply(
-        self, params: Params, x: Tensor, *, statistics: Statistics | None = None, observe: bool = False
+        self,
+        params: Params,
+        x: Tensor,
+        *,
+        statistics: Statistics | None = None,
+        observe: bool = False,
+        low_precision: bool = False,
     ) -> tuple[Tensor, Statistics]:
         """x [T, N, ...] -> outputs [T, N, num_outputs], observed statistics."""
         if self._device != x.device:  # buffers follow the inputs; parameters come from outside

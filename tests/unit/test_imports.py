@@ -26,12 +26,13 @@ ROOTS = {
 MAY_IMPORT: dict[str, set[str]] = {
     **{root: ROOTS for root in ROOTS},
     "pipeline.algorithms": ROOTS,
-    "pipeline.models": ROOTS,
+    "pipeline.kernels": ROOTS,
+    "pipeline.models": ROOTS | {"pipeline.kernels"},
     "pipeline.tasks": ROOTS,
     "pipeline.tasks.shards": ROOTS | {"pipeline.tasks", "pipeline.datasets.source"},
     "pipeline.datasets": ROOTS | {"pipeline.tasks.shards"},
     "pipeline.experiment": ROOTS
-    | {"pipeline.algorithms", "pipeline.models", "pipeline.tasks", "pipeline.training.outer"},
+    | {"pipeline.algorithms", "pipeline.kernels", "pipeline.models", "pipeline.tasks", "pipeline.training.outer"},
     "pipeline.training": ROOTS
     | {"pipeline.algorithms", "pipeline.models", "pipeline.tasks", "pipeline.experiment", "pipeline.runs"},
 }

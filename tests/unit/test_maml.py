@@ -24,8 +24,17 @@ class Point:
         generator = torch.Generator().manual_seed(seed)
         return {"theta": torch.randn(DIMENSION, generator=generator, dtype=torch.float64)}
 
+    def prepare(self, x: Tensor) -> Tensor:
+        return x
+
     def apply(
-        self, params: Params, x: Tensor, *, statistics: Statistics | None = None, observe: bool = False
+        self,
+        params: Params,
+        x: Tensor,
+        *,
+        statistics: Statistics | None = None,
+        observe: bool = False,
+        low_precision: bool = False,
     ) -> tuple[Tensor, Statistics]:
         return params["theta"].unsqueeze(1), {}
 
