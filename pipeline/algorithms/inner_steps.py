@@ -1,0 +1,107 @@
+"""Differentiable inner steps: with their graph kept, or recomputed so that memory does not grow with their number.
+
+A step is a function of named tensors (parameters, an inner optimizer's state, learned rates) to the new values of those
+that it changes. Its vector-Jacobian product needs the step's inputs and nothing else, so keeping those and running the
+step once more in the backward pass gives the same meta-gradient as the whole unrolled graph, for about one more
+evaluation of each inner gradient (Shaban et al. 2019, "Truncated Back-propagation for Bilevel Optimization", sec. 2,
+reverse mode with checkpoints; for one SGD step the product is v − α·Hv).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+from pipeline.types import Params
+
+
+class InnerStep(Protocol):
+    def __call__(self, state: Params, learned: Params, *, create_graph: bool) -> Params:
+        """The new `state`, with the same names and shapes.
+
+        state: what steps change: adapted parameters, momentum. learned: what they only use: rates. Every tensor that
+        the meta-gradient should reach must be in one of them. create_graph: of the inner gradient; without it the
+        inner gradient counts as a constant (first order).
+        """
+        ...
+
+
+def unroll(
+    step: InnerStep,
+    state: Params,
+    steps: int,
+    *,
+    learned: Params | None = None,
+    first_order: bool = False,
+    recompute: bool = False,
+) -> Params:
+    """The state after `steps` inner steps, differentiable with respect to `state` and `learned`.
+
+    recompute: keep each step's inputs only. First order keeps no graph of a step's inside anyway, so it is left as it
+    is.
+    """
+    learned = learned or {}
+    for _ in range(steps):
+        if recompute and not first_order:
+            state = _recomputed(step, state, learned)
+        else:
+            state = step(state, learned, create_graph=not first_order)
+    return state
+
+
+def _recomputed(step: InnerStep, state: Params, learned: Params) -> Params:
+    values = _RecomputedStep.apply(step, list(state), list(learned), *state.values(), *learned.values())
+    return dict(zip(state, values, strict=True))
+
+
+class _RecomputedStep(Function):
+    """One step, of which the inputs and the state of the random generators are kept. Differentiable once."""
+
+    @staticmethod
+    def forward(ctx: Any, step: InnerStep, names: list[str], learned_names: list[str], *values: Tensor) -> Any:
+        ctx.step, ctx.names, ctx.learned_names = step, names, learned_names
+        ctx.random = _random_state(values)
+        ctx.save_for_backward(*values)
+        with torch.enable_grad():
+            state = _run(ctx, [value.detach().requires_grad_() for value in values], create_graph=False)
+        return tuple(state[name].detach() for name in names)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *cotangents: Tensor) -> Any:
+        with torch.enable_grad(), _replayed(ctx.random):
+            inputs = [value.detach().requires_grad_() for value in ctx.saved_tensors]
+            state = _run(ctx, inputs, create_graph=True)
+            reached = [(state[name], v) for name, v in zip(ctx.names, cotangents, strict=True)]
+            reached = [(value, v) for value, v in reached if value.requires_grad]
+            outputs, vectors = zip(*reached, strict=True)
+            grads = torch.autograd.grad(outputs, inputs, vectors, allow_unused=True)
+        return None, None, None, *grads
+
+
+def _run(ctx: Any, inputs: list[Tensor], *, create_graph: bool) -> Params:
+    state = dict(zip(ctx.names, inputs, strict=False))
+    learned = dict(zip(ctx.learned_names, inputs[len(ctx.names) :], strict=True))
+    return ctx.step(state, learned, create_graph=create_graph)
+
+
+def _random_state(values: tuple[Tensor, ...]) -> tuple[Tensor, dict[torch.device, Tensor]]:
+    devices = {value.device for value in values if value.is_cuda}
+    return torch.get_rng_state(), {device: torch.cuda.get_rng_state(device) for device in devices}
+
+
+@contextmanager
+def _replayed(random: tuple[Tensor, dict[torch.device, Tensor]]) -> Iterator[None]:
+    """Random numbers as they were drawn in the forward pass; afterwards the generators are where they had been."""
+    on_cpu, on_cuda = random
+    with torch.random.fork_rng(devices=list(on_cuda)):
+        torch.set_rng_state(on_cpu)
+        for device, state in on_cuda.items():
+            torch.cuda.set_rng_state(state, device)
+        yield
