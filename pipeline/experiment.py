@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
@@ -40,7 +41,10 @@ class TrainingConfig(Section):
     validate_every: int = Field(default=100, ge=1)  # outer steps; a checkpoint is written after each validation
     max_nonfinite_steps: int = Field(default=10, ge=1)  # skipped in a row before the run stops
     task_chunk: int | None = Field(default=None, ge=1)
-    # tasks adapted at once; bounds memory. None: what was measured fastest on CPU, the whole share on a GPU
+    # most tasks adapted at once. None: what was measured fastest on CPU, the whole share on a GPU
+    memory_budget: str | None = Field(default=None, pattern=r"^\d+(\.\d+)?\s*[MG]i?B$", examples=["4 GB"])
+    # of one worker's step beyond its idle memory; fewer tasks are adapted at once where they need more. None: no limit
+    # on a CPU, the free memory on a GPU
     dtype: Literal["float32", "float64"] = "float32"
     kernel: Kernel = "auto"
     # of conv4, all of them exact. auto: native (C++, on CPUs with a compiler) where it can be built, else closed
@@ -95,6 +99,13 @@ class TrainingConfig(Section):
     @property
     def min_workers(self) -> int:
         return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[0]
+
+    @property
+    def memory_bytes(self) -> int | None:
+        if self.memory_budget is None:
+            return None
+        number, unit = re.fullmatch(r"([\d.]+)\s*(\w+)", self.memory_budget).groups()  # type: ignore[union-attr]
+        return int(float(number) * {"MB": 10**6, "GB": 10**9, "MiB": 2**20, "GiB": 2**30}[unit])
 
     @property
     def max_workers(self) -> int:

@@ -28,6 +28,7 @@ from pipeline.tracking import RunLog, Tracker
 from pipeline.training import journal
 from pipeline.training.evaluate import SELECTION_SEED, TEST_SEED, Estimate, Evaluation, evaluate, paired, summarize
 from pipeline.training.memory import keep_freed_memory
+from pipeline.training.plan import Plan
 from pipeline.types import MetaState, Normalization, Split
 
 FOLLOW_SECONDS = 1.0
@@ -75,6 +76,7 @@ def train(
         try:
             with log.system_metrics(), _following(run, log, observe, say):
                 launch.run_workers(exp, run)
+            log.tags({f"plan.{name}": str(value) for name, value in run.read()["plan"].items()})
             parts = experiments.build(exp, device=launch.default_device())
             test = evaluate_run(exp, run, parts, log, data_digest)
             registration = None
@@ -114,8 +116,13 @@ def _following(run: RunFolder, log: RunLog, observe: Observer, say: Callable[[st
     failure: list[Exception] = []
 
     def follow() -> None:
+        plan = run.read().get("plan")  # of an earlier start
         try:
             while not done.wait(FOLLOW_SECONDS):
+                now = run.read().get("plan")
+                if now and now != plan:
+                    plan = now
+                    say(f"computing with {Plan(**plan)}")
                 observe(to_observer.new_records())
                 to_mlflow.try_once()
         except Exception as error:  # raised by the main thread, once the workers are through

@@ -25,6 +25,7 @@ from pipeline import storage
 from pipeline.errors import DataError
 from pipeline.storage import Location
 from pipeline.training.outer import Plateau
+from pipeline.training.plan import Plan
 from pipeline.types import MetaState
 
 STATE_FILE, META_FILE = "state.pt", "meta.json"
@@ -55,6 +56,7 @@ class TrainState:
     best: Best = field(default_factory=Best)
     skipped: int = 0  # outer steps left out because something was not finite
     skipped_in_a_row: int = 0
+    plan: Plan | None = None  # None before the first step, and in checkpoints of older versions
 
 
 class CheckpointStore:
@@ -108,6 +110,7 @@ class CheckpointStore:
             "best": {"step": state.best.step, "score": state.best.score},
             "skipped": state.skipped,
             "skipped_in_a_row": state.skipped_in_a_row,
+            "plan": state.plan and state.plan._asdict(),
         }
         stream = io.BytesIO()
         torch.save(content, stream)
@@ -162,3 +165,4 @@ class CheckpointStore:
         state.best = Best(**content["best"])
         state.skipped = content["skipped"]
         state.skipped_in_a_row = content["skipped_in_a_row"]
+        state.plan = Plan(**content["plan"]) if content.get("plan") else None

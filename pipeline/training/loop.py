@@ -15,11 +15,13 @@ from pipeline.errors import StopRequested, TrainingStopped
 from pipeline.experiment import Components, Experiment
 from pipeline.runs import RunFolder
 from pipeline.training import outer
+from pipeline.training import plan as plans
 from pipeline.training.checkpoint import TrainState
 from pipeline.training.context import Context
 from pipeline.training.evaluate import SELECTION_SEED, evaluate, summarize
 from pipeline.training.journal import JournalWriter
 from pipeline.training.memory import keep_freed_memory
+from pipeline.training.plan import Plan
 from pipeline.training.step import global_gradient, slots_of_rank
 from pipeline.types import MetaState, TaskBatch
 
@@ -49,6 +51,9 @@ def train(context: Context, experiment: Experiment, run: RunFolder) -> None:
     if latest is not None:
         run.checkpoints.restore(state, latest, context.device)
     total = experiment.training.steps
+    state.plan = _plan(context, experiment, parts, state)
+    if context.rank == 0:
+        run.update(plan=state.plan._asdict())
     with _written(run, state), _journal(context, run, state) as journal:
         for batch in _training_batches(context, experiment, parts, first_step=state.step):
             metrics, stop = _outer_step(context, experiment, parts, state, batch)
@@ -110,6 +115,25 @@ def _initial_state(experiment: Experiment, parts: Components, device: torch.devi
     return TrainState(step=0, meta=MetaState(params, meta.buffers), optimizer=optimizer)
 
 
+def _plan(context: Context, experiment: Experiment, parts: Components, state: TrainState) -> Plan:
+    """The checkpoint's plan, or a new one."""
+    if state.plan is not None:
+        return plans.resumed(context, state.plan, parts.model)
+
+    def draw(tasks: int) -> TaskBatch:
+        return parts.family.sample("meta_train", 0, torch.arange(tasks), seed=experiment.seed)
+
+    return plans.choose(
+        context,
+        parts.algorithm,
+        parts.model,
+        state.meta,
+        draw,
+        chunk=experiments.task_chunk(experiment, parts, context.device),
+        memory=experiment.training.memory_bytes,
+    )
+
+
 def _training_batches(
     context: Context, experiment: Experiment, parts: Components, *, first_step: int
 ) -> Iterator[TaskBatch]:
@@ -140,6 +164,7 @@ def _outer_step(
     Returns its metrics, and whether a rank was asked to end.
     """
     config = experiment.training
+    assert state.plan is not None
     started = time.perf_counter()
     gradient = global_gradient(
         context,
@@ -147,7 +172,7 @@ def _outer_step(
         state.meta,
         batch,
         step=state.step,
-        chunk=experiments.task_chunk(experiment, parts, context.device),
+        chunk=state.plan.chunk,
     )
     lr = outer.outer_lr(config.outer, state.step, config.steps, state.plateau)
     metrics = {"outer_lr": lr}
@@ -163,6 +188,9 @@ def _outer_step(
         state.skipped_in_a_row += 1
     state.step += 1
     seconds = time.perf_counter() - started
+    if gradient.chunk != state.plan.chunk:
+        state.plan = state.plan._replace(chunk=gradient.chunk)
+        metrics["task_chunk"] = float(gradient.chunk or 0)
     metrics["tasks_per_second"] = config.meta_batch_size / seconds
     metrics["skipped_steps"] = state.skipped
     metrics["step_seconds"] = seconds
@@ -200,7 +228,7 @@ def _validate(
         seed=SELECTION_SEED,
         episodes=experiment.evaluation.validation_episodes,
         data_digest=run.read()["data_digest"],
-        chunk=experiments.task_chunk(experiment, parts, context.device),
+        chunk=state.plan.chunk if state.plan else None,
         context=context,
     )
     score = evaluation.score(experiment.evaluation.selection_mode).mean

@@ -24,6 +24,7 @@ class GlobalGradient(NamedTuple):
     stop: bool  # a rank was asked to end
     compute_seconds: list[float]  # of each rank, up to the all-reduce
     all_reduce_seconds: float  # of this rank, waiting for the slowest included
+    chunk: int | None  # tasks at once from now on: less than was asked for where a GPU ran out of memory
 
 
 def slots_of_rank(context: Context, meta_batch_size: int) -> Tensor:
@@ -54,21 +55,18 @@ def global_gradient(
     other besides (a request to stop, how long each took) travels in the same one.
     """
     started = time.perf_counter()
-    sums: Params = {}
-    for tasks in split_tasks(batch, chunk):
-        gradient = algorithm.meta_grad(state, tasks, step=step)
-        for name, value in _named(gradient).items():
-            sums[name] = sums[name] + value if name in sums else value
+    sums, fitting = _sums(algorithm, state, batch, step=step, chunk=chunk)
     reference = next(iter(state.params.values()))
     computed = time.perf_counter()
-    told = [0.0] * context.world_size
-    told[context.rank] = computed - started
-    told += [float(len(batch.support_x)), float(context.stop_requested())]
+    seconds, chunks = [0.0] * context.world_size, [0.0] * context.world_size
+    seconds[context.rank], chunks[context.rank] = computed - started, float(fitting or 0)
+    told = [*seconds, *chunks, float(len(batch.support_x)), float(context.stop_requested())]
     sums["told"] = torch.tensor(told, dtype=reference.dtype, device=reference.device)
     sums = all_reduce_sums(context, sums)
     told = sums.pop("told").tolist()
     reduced = time.perf_counter()
-    *compute_seconds, count, stop = told
+    *each, count, stop = told
+    compute_seconds, chunks = each[: context.world_size], each[context.world_size :]
     means = {name: value / count for name, value in sums.items()}
     finite = torch.stack([value.isfinite().all() for value in means.values()]).all()
 
@@ -83,7 +81,28 @@ def global_gradient(
         stop=stop > 0,
         compute_seconds=compute_seconds,
         all_reduce_seconds=reduced - computed,
+        chunk=int(min((c for c in chunks if c), default=0)) or None,
     )
+
+
+def _sums(
+    algorithm: Algorithm, state: MetaState, batch: TaskBatch, *, step: int, chunk: int | None
+) -> tuple[Params, int | None]:
+    """Sums over the batch, and the chunk that fitted: halved, and all of it computed anew, while memory runs out."""
+    while True:
+        sums: Params = {}
+        try:
+            for tasks in split_tasks(batch, chunk):
+                gradient = algorithm.meta_grad(state, tasks, step=step)
+                for name, value in _named(gradient).items():
+                    sums[name] = sums[name] + value if name in sums else value
+        except torch.OutOfMemoryError:
+            if min(chunk or len(batch.support_x), len(batch.support_x)) == 1:
+                raise
+        else:
+            return sums, chunk
+        chunk = min(chunk or len(batch.support_x), len(batch.support_x)) // 2
+        torch.cuda.empty_cache()  # here, and not in the handler, whose error holds the failed step's tensors
 
 
 def _named(gradient: MetaGradient) -> Params:

@@ -14,17 +14,21 @@ import torch
 from pipeline import experiment as experiments
 from pipeline import launch, runs
 from pipeline.errors import TrainingStopped
+from pipeline.experiment import Experiment
 from pipeline.runs import RunFolder
 from pipeline.training import journal
 from pipeline.training.context import Context, run_processes
 from pipeline.training.evaluate import SELECTION_SEED, evaluate
+from pipeline.training.loop import train_worker
 from pipeline.training.step import global_gradient, slots_of_rank
 from pipeline.types import MetaState
 from tests.faults import (
     DRIVER,
     assert_same_end,
+    difference,
     experiment,
     final_params,
+    open_run,
     reached,
     run_to_end,
     wait_until,
@@ -158,3 +162,37 @@ def one_leaves(context: Context) -> None:
     if context.rank == 1:
         os._exit(7)
     context.all_reduce(torch.zeros(1))
+
+
+def with_a_small_gpu(context: Context, content: dict, run_path: str) -> None:
+    """Rank 1 has room for two tasks, and none for the native kernels."""
+    from pipeline.algorithms.maml import MAML
+    from pipeline.kernels import native
+
+    meta_grad = MAML.meta_grad
+
+    def small(self, state, batch, *, step):  # type: ignore[no-untyped-def]
+        if context.rank == 1 and len(batch.support_x) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return meta_grad(self, state, batch, step=step)
+
+    MAML.meta_grad = small  # type: ignore[method-assign]
+    if context.rank == 1:
+        native.why_not = lambda: "there is no C++ compiler"  # type: ignore[assignment]
+    train_worker(context, content, run_path)
+
+
+def test_all_ranks_compute_as_the_least_of_them_can(tiny_data: Path, tmp_path: Path) -> None:
+    def wide(name: str, **settings: object) -> Experiment:
+        exp = experiment(tmp_path / name, tiny_data, steps=6, validate_every=3, num_workers=2, **settings)
+        content = exp.to_dict()
+        content["model"]["hidden"] = 16  # as the native kernels ask for
+        return experiments.from_dict(content, source="test")
+
+    expected = run_to_end(wide("expected", task_chunk=2, kernel="closed"))
+    exp = wide("small", task_chunk=4, kernel="auto")
+    run = open_run(exp)
+    run_processes(with_a_small_gpu, exp.to_dict(), str(run.path), num_workers=2)
+    assert run.checkpoints.load(6)["plan"] == {"kernel": "closed", "precision": "float32", "chunk": 2}
+    assert [record.get("task_chunk") for record in journal.read(run.journal)] == [2.0] + 5 * [None]
+    assert difference(final_params(run), final_params(expected)) <= 1e-10
