@@ -19,6 +19,10 @@
 #include <c10/util/BFloat16.h>
 #include <torch/library.h>
 
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -72,12 +76,22 @@ template <class Storage> inline void store(Storage* to, Vector<Storage> value) {
   std::memcpy(to, &value, sizeof(value));
 }
 inline void store(at::BFloat16* to, Vector<float> value) {  // round to nearest, ties to even
+#ifdef __AVX512BF16__
+  __m256bh halves = _mm512_cvtneps_pbh(copy_bits<__m512>(&value));
+#else
   Words words = copy_bits<Words>(&value);
   Halves halves = __builtin_convertvector((words + 0x7fff + ((words >> 16) & 1)) >> 16, Halves);
+#endif
   std::memcpy(to, &halves, sizeof(halves));
 }
 
 template <class Storage> inline Mask<Storage> load_winner(const uint8_t* from) {
+#ifdef __AVX512F__  // one instruction, where GCC takes six for the line below
+  if constexpr (sizeof(Compute<Storage>) == 4) {
+    __m512i words = _mm512_cvtepu8_epi32(copy_bits<__m128i>(from));
+    return copy_bits<Mask<Storage>>(&words);
+  }
+#endif
   return __builtin_convertvector(copy_bits<Bytes>(from), Mask<Storage>);
 }
 template <class M> inline void store_winner(uint8_t* to, M winner) {
