@@ -56,7 +56,11 @@ def _patch_moments(padded: Tensor, stride: int) -> tuple[Tensor, Tensor]:
 
 def layout(x: Tensor) -> Tensor:
     """x [N, C, H, W] in the memory format that is fastest on its device."""
-    return x.contiguous(memory_format=torch.channels_last if x.device.type == "cpu" else torch.contiguous_format)
+    return x.contiguous(memory_format=_format(x))
+
+
+def _format(x: Tensor) -> torch.memory_format:
+    return torch.channels_last if x.device.type == "cpu" else torch.contiguous_format
 
 
 def fold(weight: Tensor, gain: Tensor, offset: Tensor, images: Images) -> tuple[Tensor, Tensor]:
@@ -123,8 +127,7 @@ class _InputGradient(Function):
     def forward(ctx: Any, gy: Tensor, weight: Tensor, shape: torch.Size, stride: int, tasks: int) -> Tensor:
         ctx.save_for_backward(gy, weight)
         ctx.how = stride, tasks
-        x = gy.new_empty(1).expand(shape)  # only its shape is looked at
-        return _gradients(gy, x, weight, stride, tasks, [True, False])[0]
+        return _gradients(gy, _shape_of(shape, gy), weight, stride, tasks, [True, False])[0]
 
     @staticmethod
     def backward(ctx: Any, v: Tensor) -> tuple:
@@ -142,8 +145,7 @@ class _WeightGradient(Function):
     def forward(ctx: Any, x: Tensor, gy: Tensor, shape: torch.Size, stride: int, tasks: int) -> Tensor:
         ctx.save_for_backward(x, gy)
         ctx.how = stride, tasks
-        weight = gy.new_empty(1).expand(shape)  # only its shape is looked at
-        return _gradients(gy, x, weight, stride, tasks, [False, True])[1]
+        return _gradients(gy, x, _shape_of(shape, gy), stride, tasks, [False, True])[1]
 
     @staticmethod
     def backward(ctx: Any, v: Tensor) -> tuple:
@@ -163,6 +165,11 @@ def norm_relu_pool(x: Tensor, gain: Tensor, offset: Tensor, *, pool: int) -> Ten
     pool: side of the max-pooling window, 1 for none. Twice differentiable.
     """
     return _Norm.apply(x, gain, offset, pool)
+
+
+def _shape_of(shape: torch.Size, like: Tensor) -> Tensor:
+    """A tensor of which only the shape and the memory format are looked at."""
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=_format(like))
 
 
 def _per_channel(values: Tensor) -> Tensor:

@@ -88,13 +88,17 @@ class Conv4:
         return size // 2 if self.config.downsample == "max_pool" else (size + 1) // 2
 
     def init(self, seed: int) -> Params:
-        """Glorot-uniform weights, zero biases, unit gains (as in MAML's code)."""
+        """Glorot-uniform weights, zero biases, unit gains (as in MAML's code).
+
+        Filters are channels-last in memory, as the kernels take them: what is adapted from them stays so.
+        """
         generator = torch.Generator().manual_seed(seed)
         params: Params = {}
         channels = self.in_channels
         for block in range(1, BLOCKS + 1):
             weight = torch.empty(self.config.hidden, channels, 3, 3, dtype=torch.float64)
-            params[f"block{block}.conv.weight"] = nn.init.xavier_uniform_(weight, generator=generator)
+            weight = nn.init.xavier_uniform_(weight, generator=generator)
+            params[f"block{block}.conv.weight"] = weight.contiguous(memory_format=torch.channels_last)
             params[f"block{block}.norm.weight"] = torch.ones(self.config.hidden)
             params[f"block{block}.norm.bias"] = torch.zeros(self.config.hidden)
             channels = self.config.hidden
