@@ -73,6 +73,7 @@ class TaskModel(Protocol):
     """A network whose parameters and inputs carry a leading task axis."""
 
     cpu_task_chunk: int | None  # tasks at once that are fastest on CPU, as measured; None: as many as there are
+    batching: str | None  # "loop" or "vmap" over tasks, "auto" until that is chosen; None: it is batched by itself
     kernel: str  # what it computes with, and how precisely: see `pipeline.kernels`
     precision: str
 

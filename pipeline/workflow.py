@@ -78,6 +78,7 @@ def train(
                 launch.run_workers(exp, run)
             log.tags({f"plan.{name}": str(value) for name, value in run.read()["plan"].items()})
             parts = experiments.build(exp, device=launch.default_device())
+            parts.model.batching = run.read()["plan"]["batching"]
             test = evaluate_run(exp, run, parts, log, data_digest)
             registration = None
             if exp.tracking.register_model:

@@ -56,6 +56,7 @@ class Conv4Config(Section):
 class Conv4:
     """Parameters: `block{1..4}.conv.weight` [O, I, 3, 3], `block{1..4}.norm.weight` and `.bias` [O], and the head's."""
 
+    batching = None
     cpu_task_chunk = 4  # more tasks side by side leave the caches: tests/benchmarks/chunks.py
 
     def __init__(

@@ -42,6 +42,7 @@ class MLPConfig(Section):
 class MLP:
     """Parameters: `layer{i}.{weight,bias}`, `norm{i}.{weight,bias}` with normalization, `head.{weight,bias}`."""
 
+    batching = None
     cpu_task_chunk = None
     kernel, precision = "pure", "float32"
 

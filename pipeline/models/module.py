@@ -11,6 +11,8 @@ from __future__ import annotations
 import copy
 import importlib
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +20,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from pipeline import kernels
 from pipeline.config import Section
@@ -36,8 +39,8 @@ class ModuleConfig(Section):
     folder: Path = Path(".")  # where the package lies, if it is not installed
     arguments: dict[str, Any] = Field(default_factory=dict)
     batching: Batching = "auto"
-    # auto: a loop on CPU for networks with convolutions (vmap turns them into grouped ones, measured slower there),
-    # vmap otherwise; measured by tests/benchmarks/batching.py
+    # auto: measured at the start of training, where both give the same meta-gradient (`training/plan.py`); elsewhere a
+    # loop, which any network can go through
 
     def build(
         self,
@@ -117,7 +120,8 @@ class EpisodeBatchNorm(nn.Module):
 class ModuleModel:
     """Task-batched view of the modules that `make` returns. Parameters keep the module's own names.
 
-    batching: how tasks are batched (see `ModuleConfig`). Buffers other than BatchNorm's are constants; dropout is off.
+    batching: how tasks are batched (see `ModuleConfig`); may be set at any time. Buffers other than BatchNorm's are
+    constants; dropout is off.
     """
 
     cpu_task_chunk = None
@@ -129,10 +133,8 @@ class ModuleModel:
         # eval: dropout would draw from the global generator, and answers would differ from call to call
         self._module = _with_episode_norms(self._fresh(seed=0)).to(dtype).eval()
         self._norms = {n: m for n, m in self._module.named_modules() if isinstance(m, EpisodeBatchNorm)}
-        convolutional = any(isinstance(m, nn.modules.conv._ConvNd) for m in self._module.modules())
-        self._convolutional = convolutional
         self._device = torch.device("cpu")
-        self._batching = batching
+        self.batching: Batching = batching
 
     def _fresh(self, seed: int) -> nn.Module:
         with torch.random.fork_rng(devices=[]):  # a module's constructor draws from the global generator
@@ -149,13 +151,17 @@ class ModuleModel:
         params = {k: v.unsqueeze(0) for k, v in self.init(0).items()}
         try:
             with torch.no_grad():
-                shape = list(self.apply(params, x)[0].shape[1:])
+                shape = list(self.twin("loop").apply(params, x)[0].shape[1:])
         except (RuntimeError, ValueError, TypeError) as error:
             raise ConfigError(f"model.factory: {name} cannot take inputs {[2, *input_shape]}: {error}") from error
         if shape != [2, num_outputs]:
             raise ConfigError(
                 f"model.factory: {name} returns {shape} for two examples, the task needs {[2, num_outputs]}."
             )
+
+    def twin(self, batching: Batching, *, dtype: torch.dtype | None = None) -> ModuleModel:
+        """The same module, batched in another way or in another dtype."""
+        return ModuleModel(self._make, dtype=dtype or self._dtype, batching=batching)
 
     def prepare(self, x: Tensor) -> Tensor:
         return x
@@ -173,7 +179,7 @@ class ModuleModel:
         if self._device != x.device:  # buffers follow the inputs; parameters come from outside
             self._module.to(x.device)
             self._device = x.device
-        if self._use_vmap(x):
+        if self.batching == "vmap":
             in_dims = (0, 0, None if statistics is None else 0)
             outputs, observed = vmap(self._one_task, in_dims=in_dims, randomness="error")(params, x, statistics)
             return outputs, observed if observe else {}
@@ -186,21 +192,29 @@ class ModuleModel:
             return outputs, {}
         return outputs, {k: torch.stack([observed[k] for _, observed in results]) for k in results[0][1]}
 
-    def _use_vmap(self, x: Tensor) -> bool:
-        if self._batching == "auto":
-            return x.is_cuda or not self._convolutional
-        return self._batching == "vmap"
-
     def _one_task(self, params: Params, x: Tensor, statistics: Statistics | None) -> tuple[Tensor, Statistics]:
         for name, norm in self._norms.items():
             norm.given = None if statistics is None else (statistics[f"{name}.mean"], statistics[f"{name}.var"])
-        output = functional_call(self._module, params, (x,))
+        with _twice_differentiable():
+            output = functional_call(self._module, params, (x,))
         observed: Statistics = {}
         for name, norm in self._norms.items():
             assert norm.observed is not None, f"{name} was not used in the forward pass"
             observed[f"{name}.mean"], observed[f"{name}.var"] = norm.observed
             norm.given = norm.observed = None
         return output, observed
+
+
+@contextmanager
+def _twice_differentiable() -> Iterator[None]:
+    """The attention kernels that have a second derivative; under vmap the others would not see that they need one."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with sdpa_kernel(SDPBackend.MATH):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 def _with_episode_norms(module: nn.Module) -> nn.Module:

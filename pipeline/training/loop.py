@@ -125,7 +125,7 @@ def _plan(context: Context, experiment: Experiment, parts: Components, state: Tr
 
     return plans.choose(
         context,
-        parts.algorithm,
+        lambda model: experiment.algorithm.build(model=model, objective=parts.family.objective),
         parts.model,
         state.meta,
         draw,
