@@ -10,6 +10,7 @@ import logging
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable
 from typing import Annotated, Any
 
@@ -84,6 +85,7 @@ def run(app: typer.Typer) -> None:
         os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "ERROR")
         logging.captureWarnings(True)
         logging.getLogger("py.warnings").propagate = False
+    from pipeline.credentials import redacted
     from pipeline.errors import Interrupted, UserError
 
     def interrupt(number: int, _: object) -> None:
@@ -98,7 +100,8 @@ def run(app: typer.Typer) -> None:
         sys.exit(INTERRUPTED + interruption.signal_number)
     except Exception as error:
         if debug:
-            raise
+            err.print(redacted(traceback.format_exc()), markup=False, highlight=False, soft_wrap=True, end="")
+            sys.exit(error.exit_code if isinstance(error, UserError) else 1)
         if isinstance(error, UserError):
             _print_error(str(error))
             sys.exit(error.exit_code)

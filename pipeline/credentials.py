@@ -11,7 +11,8 @@ from typing import NamedTuple
 from urllib.parse import unquote
 
 PARAMETER = re.compile("[&;]?[^&;]+|[&;]")
-ADDRESS = re.compile(r"(?<![A-Za-z0-9+.-])[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"<>`]+")
+# with one slash too: what is left of an address that was taken for a path
+ADDRESS = re.compile(r"(?<![A-Za-z0-9+.-])[A-Za-z][A-Za-z0-9+.-]*:/[^\s'\"<>`]+")
 # whole words of a parameter's name, so that keyspace= and author= are none
 SECRET_PARAMETER = re.compile(
     r"(^|[_\-.])(pass(word|wd|phrase)?|pwd|secret|token|credentials?|key|keyid|sig|signature|auth|authorization)"
@@ -46,7 +47,13 @@ def without_credentials(address: str) -> str:
 
 def redacted(text: str) -> str:
     """The text with every address in it `without_credentials`."""
-    return ADDRESS.sub(lambda found: without_credentials(found.group()), text)
+    return ADDRESS.sub(lambda found: _clean(found.group()), text)
+
+
+def _clean(address: str) -> str:
+    if "://" in address:
+        return without_credentials(address)
+    return without_credentials(address.replace(":/", "://", 1)).replace("://", ":/", 1)
 
 
 def login_in(address: str) -> Login | None:

@@ -250,14 +250,19 @@ def run_processes(worker: Callable[..., None], *args: Any, num_workers: int, use
     try:
         waiting = list(processes)
         while waiting:
-            wait([process.sentinel for process in waiting])
-            failed = [p for p in waiting if p.exitcode not in (None, 0)]
-            if failed:
+            ended = wait([process.sentinel for process in waiting])
+            for process in waiting:
+                if process.sentinel in ended:
+                    process.join()  # a dying process closes its end a moment before it has an exit code
+            if any(process.exitcode for process in waiting):
                 if not errors.empty():
                     raise errors.get()
+                # of several that have ended, the one that was killed took the others with it
+                codes = {rank: p.exitcode for rank, p in enumerate(processes) if p.exitcode}
+                rank = min(codes, key=lambda rank: (codes[rank] > 0, rank))
                 raise WorkerLost(
-                    f"worker {processes.index(failed[0])} ended with exit code {failed[0].exitcode}. Run the same "
-                    "command again to go on from the last checkpoint."
+                    f"worker {rank} ended with exit code {codes[rank]}. Run the same command again to go on from the "
+                    "last checkpoint."
                 )
             waiting = [process for process in waiting if process.exitcode is None]
     except Interrupted:

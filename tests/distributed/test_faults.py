@@ -48,7 +48,7 @@ from tests.servers.s3 import S3
 pytestmark = pytest.mark.distributed
 
 FEW = {"steps": 12, "validate_every": 4, "num_workers": 2, "dtype": "float32"}  # for faults at a chosen moment
-MORE = {**FEW, "steps": 60, "validate_every": 10}  # for faults that take a moment to arrive
+MORE = {**FEW, "steps": 300, "validate_every": 50}  # for faults that take a moment to arrive
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +143,7 @@ def test_sigterm_writes_a_checkpoint_and_ends(backend: str, tiny_data: Path, tmp
     assert process.wait(timeout=60) == 143
     stopped_at = run.checkpoints.latest()
     assert stopped_at is not None
-    assert 5 < stopped_at < 60
+    assert 5 < stopped_at < MORE["steps"]
     assert len(journal.read(run.journal)) == stopped_at, "every step's metrics are there"
     assert subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip() == "resumed"
     if backend == "processes":  # validated at other steps, so only the parameters can be compared
@@ -191,25 +191,36 @@ def test_a_straggler_is_told_and_changes_nothing(tiny_data: Path, tmp_path: Path
     assert sum(told) > len(told) / 2, "but for steps in which the machine was busier with rank 0"
 
 
+def terminated_at(context: Context, content: dict, run_path: str, until: int) -> None:
+    """Rank 0 gets SIGTERM in the midst of step `until`."""
+    from pipeline.algorithms.maml import MAML
+
+    meta_grad, still = MAML.meta_grad, [until]
+
+    def terminated(self, state, batch, *, step):  # type: ignore[no-untyped-def]
+        if context.rank == 0 and still == [step]:
+            still.clear()  # once, however many chunks the step has
+            os.kill(os.getpid(), signal.SIGTERM)
+        return meta_grad(self, state, batch, step=step)
+
+    MAML.meta_grad = terminated  # type: ignore[method-assign]
+    train_worker(context, content, run_path)
+
+
 def test_workers_leave_and_join(tiny_data: Path, tmp_path: Path) -> None:
     """Three workers, then one, then four, then two: float64, 50 steps, ≤ 1e-10 of the undisturbed run."""
     training = {"steps": 50, "validate_every": 10}
     undisturbed = run_to_end(experiment(tmp_path / "undisturbed", tiny_data, **training, num_workers=2))
-    for workers, until in ((3, 10), (1, 20), (4, 30), (2, 50)):
+    for workers, until in ((3, 10), (1, 20), (4, 30), (2, None)):
         exp = experiment(tmp_path / "elastic", tiny_data, **training, num_workers=workers)
         run = open_run(exp)
-
-        def stop(run: RunFolder = run, until: int = until) -> None:
-            wait_until(lambda: reached(run, until))
-            os.kill(worker_processes()[0], signal.SIGTERM)
-
-        if until == 50:
+        if until is None:
             launch.run_workers(exp, run)
         else:
-            stopper = in_background(stop)
-            with pytest.raises(StopRequested):
-                launch.run_workers(exp, run)
-            stopper.join()
+            with pytest.raises(StopRequested, match=f"outer step {until + 1} of 50"):
+                run_processes(terminated_at, exp.to_dict(), str(run.path), until, num_workers=workers)
+    numbers = [int(record["num_workers"]) for record in journal.read(run.journal)]
+    assert numbers == 11 * [3] + 10 * [1] + 10 * [4] + 19 * [2]
     assert difference(final_params(run), final_params(undisturbed)) <= 1e-10
 
 
@@ -303,7 +314,7 @@ def test_a_shard_damaged_during_the_run_is_named_and_repaired(tiny_data: Path, t
     with pytest.raises(DataError, match=f"{shard}: row group .* cannot be read"):
         launch.run_workers(exp, run)
     damager.join()
-    assert not reached(run, 60)
+    assert not reached(run, MORE["steps"])
     with pytest.raises(DataError, match="is damaged"):
         experiments.check_fits(exp)
     shard.write_bytes(whole)

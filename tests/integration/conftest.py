@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+import mlflow
 import numpy as np
 import pytest
 from PIL import Image
@@ -42,6 +43,22 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     del os.environ["MLFLOW_TRACKING_URI"]
     if before is not None:
         os.environ["MLFLOW_TRACKING_URI"] = before
+
+
+@pytest.fixture(autouse=True)
+def _mlflow_as_it_was() -> Iterator[None]:
+    """What a test tells MLflow, in the environment and in the process, ends with the test.
+
+    A command that is run in this process keeps its server's address and login; `set_tracking_uri(None)` even deletes
+    the variable.
+    """
+    before = {name: value for name, value in os.environ.items() if name.startswith("MLFLOW_")}
+    yield
+    mlflow.set_tracking_uri(None)
+    mlflow.set_registry_uri(None)
+    for name in [name for name in os.environ if name.startswith("MLFLOW_")]:
+        del os.environ[name]
+    os.environ.update(before)
 
 
 @pytest.fixture(scope="session")

@@ -241,8 +241,19 @@ def test_labels_that_look_like_markup(
     assert "[red]x" in answer.out
 
 
-def test_debug_shows_the_traceback(metapipe: Metapipe, tmp_path: Path) -> None:
-    from pipeline.errors import ConfigError
+def test_debug_shows_the_traceback_without_passwords(
+    metapipe: Metapipe, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answer = metapipe("train", tmp_path / "none.yaml", "--debug")
+    assert answer.code == 2
+    assert "Traceback" in answer.err
+    assert "ConfigError" in answer.err
 
-    with pytest.raises(ConfigError):
-        metapipe("train", tmp_path / "none.yaml", "--debug")
+    def defect(path: str, overrides: object = ()) -> None:
+        raise RuntimeError(f"cannot reach {path}")
+
+    monkeypatch.setattr("pipeline.experiment.load", defect)
+    answer = metapipe("train", "http://ada:hunter2hunter2@host/none.yaml", "--debug")
+    assert answer.code == 1
+    assert "RuntimeError: cannot reach http:/host/none.yaml" in answer.err
+    assert "hunter2" not in answer.err

@@ -110,5 +110,3 @@ def test_a_run_folder_of_before_goes_on_in_its_mlflow_run(
     run.update(mlflow_uri=os.environ["MLFLOW_TRACKING_URI"])
     assert workflow._open_log(exp, run, tracker).run_id == run_id
     assert "Zq7" not in (run.path / "run.json").read_text()
-    mlflow.set_tracking_uri(None)
-    mlflow.set_registry_uri(None)

@@ -82,13 +82,6 @@ def prepare(server: MlflowServer, admin: Account, user: Account, object_store: d
     assert user.password not in done.stdout + done.stderr
 
 
-@pytest.fixture(autouse=True)
-def own_tracking_uri():
-    yield
-    mlflow.set_tracking_uri(None)
-    mlflow.set_registry_uri(None)
-
-
 def test_nobody_gets_in_without_a_password(mlflow_on_postgres: tuple[MlflowServer, Account]) -> None:
     server, admin = mlflow_on_postgres
     search = {"max_results": 1}
@@ -144,7 +137,7 @@ def test_a_user_trains_and_registers(
 
     # another user reads, and changes nothing
     use(server, other, monkeypatch)
-    client = mlflow.MlflowClient(server.url)
+    client = mlflow.MlflowClient(server.url, registry_uri=server.url)
     assert client.get_run(outcome.mlflow_run_id).info.status == "FINISHED"
     with pytest.raises(MlflowException, match="Permission denied"):
         client.delete_registered_model("on-postgres")

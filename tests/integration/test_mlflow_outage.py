@@ -50,7 +50,7 @@ def test_an_outage_delays_metrics_and_loses_none(image_data: Path, tmp_path: Pat
     with mlflow_server.running(tmp_path / "server", port=port):
         assert training.wait(timeout=200) == 0, said.read_text()
         assert has_said("MLflow answers again")
-        client = mlflow.MlflowClient(server.url)
+        client = mlflow.MlflowClient(server.url, registry_uri=server.url)
         run_id = run.read()["mlflow_run_id"]
         records = journal.read(run.journal)
         for name in ("meta_loss", "outer_lr", "val_accuracy_inductive"):

@@ -84,6 +84,11 @@ def test_one_run_through_every_fault_of_a_cluster(tiny_data: Path, tmp_path: Pat
         nodes.add()
         wait_until(lambda: ours.steps() > announced, watch=process)
 
+        # the head's server dies and comes back with its state: the workers train on
+        alone = ours.steps()
+        nodes.restart_head()
+        wait_until(lambda: ours.steps() > alone + 3, watch=process)
+
         # SIGTERM of the driver (`metapipe jobs stop`): a checkpoint of the very step, then the end
         process.send_signal(signal.SIGTERM)
         _, messages = process.communicate(timeout=60)

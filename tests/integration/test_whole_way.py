@@ -220,9 +220,8 @@ def test_a_real_mlflow_server(image_data: Path, tmp_path: Path, monkeypatch: pyt
         learner = serving.load(CHAMPION)
         saved = outcome.run.checkpoints.load_meta(learner.card.checkpoint["step"])
         assert all(torch.equal(learner.state.params[k], v) for k, v in saved.params.items())
-        client = mlflow.MlflowClient(server.url)
+        client = mlflow.MlflowClient(server.url, registry_uri=server.url)
         assert len(client.get_metric_history(outcome.mlflow_run_id, "meta_loss")) == STEPS
-    mlflow.set_tracking_uri(None)
 
 
 def test_an_unreachable_server_is_told_before_anything_starts(
@@ -391,7 +390,6 @@ def test_registering_a_run_with_another_tracking_store(
     assert run_id != trained.mlflow_run_id
     history = mlflow.MlflowClient(f"sqlite:///{tmp_path / 'other.db'}").get_metric_history(run_id, "meta_loss")
     assert sorted(m.step for m in history) == list(range(1, STEPS + 1))
-    mlflow.set_tracking_uri(None)
 
 
 def test_a_killed_ray_worker_is_replaced_and_changes_nothing(

@@ -7,10 +7,12 @@ import secrets
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-# The head runs no workers. `kill` is SIGKILL of a raylet, `kill head` of everything the head runs.
+# The head runs no workers. `kill` is SIGKILL of a raylet; `restart` is SIGKILL of the head's server and a new one,
+# which finds its state on disk.
 HOLDER = """
 import sys
 from ray.cluster_utils import Cluster
@@ -30,6 +32,9 @@ for line in sys.stdin:
             import time
             client = GcsClient(address=cluster.address)
             client.drain_node(nodes[-1].node_id, 2, "the machine is taken back", int((time.time() + 60) * 1000))
+        case ["restart"]:
+            cluster.head_node.kill_gcs_server()
+            cluster.head_node.start_gcs_server()
     print("done", flush=True)
 cluster.shutdown()
 """
@@ -53,6 +58,10 @@ class Nodes:
         """Announce that the node that was added last will be taken away in a minute."""
         self._tell("drain")
 
+    def restart_head(self) -> None:
+        """SIGKILL the head's server, which keeps the cluster's state, and start it again."""
+        self._tell("restart")
+
     def kill_all(self) -> None:
         """SIGKILL the head and every node."""
         os.killpg(self._process.pid, signal.SIGKILL)
@@ -72,13 +81,15 @@ def ray_nodes(count: int) -> Iterator[Nodes]:
     """A head and `count` nodes of one CPU until the block ends."""
     token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_USAGE_STATS_ENABLED": "0"}
     environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | token
+    state = tempfile.TemporaryDirectory(prefix="ray-head-")
+    storage = {"RAY_gcs_storage": "rocksdb", "RAY_gcs_storage_path": state.name}
     process = subprocess.Popen(
         [sys.executable, "-c", HOLDER],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
-        env=environment,
+        env=environment | storage,
         start_new_session=True,
     )
     assert process.stdout is not None
@@ -91,3 +102,4 @@ def ray_nodes(count: int) -> Iterator[Nodes]:
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
+        state.cleanup()

@@ -78,6 +78,13 @@ def test_a_password_that_should_have_been_encoded(password: str) -> None:
     assert "qz" not in redacted(f"no answer from postgresql://ada:{secret}@host/db today")
 
 
+def test_an_address_that_was_taken_for_a_path() -> None:
+    assert (
+        redacted(f"{Path(f'http://ada:{SECRET}@host/none.yaml')}: no such file") == "http:/host/none.yaml: no such file"
+    )
+    assert redacted("C:/data/a.yaml and sqlite:/mlflow.db") == "C:/data/a.yaml and sqlite:/mlflow.db"
+
+
 def test_no_users_error_holds_a_password(tmp_path: Path) -> None:
     address = f"s3://KEY:{SECRET}@bucket/data"
     file = tmp_path / "a.yaml"
