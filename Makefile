@@ -23,6 +23,7 @@ $(STAMP): pyproject.toml infra/constraints.txt
 	@# compiled once, here: where Python may not write bytecode, every process would compile torch and Ray anew (a minute)
 	@$(BIN)/uv pip install --quiet --compile-bytecode --python $(BIN)/python --constraint infra/constraints.txt \
 	  --editable '.[dev]'
+	@$(BIN)/python -m pipeline.kernels || true
 	@touch $@
 
 demo: setup

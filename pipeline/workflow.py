@@ -224,6 +224,7 @@ def evaluate_run(exp: Experiment, run: RunFolder, parts: Components, log: RunLog
         log.artifacts(folder, "evaluation")
     log.summary(summarize(test, "test"), step=exp.training.steps)
     log.tags({"checkpoint.best_step": str(step), "checkpoint.folder": str(run.checkpoints.path(step))})
+    log.tags({key: str(value) for key, value in run.read().items() if key in ("kernel", "precision")})
     return test
 
 

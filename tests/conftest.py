@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from pipeline.datasets.source import RawClass
 from pipeline.tasks import shards
@@ -12,6 +13,15 @@ from pipeline.types import SPLITS, Split
 from tests.servers import mlflow_server, postgres, s3
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """As workers run. On a busy machine the threads of small ops wait for each other much longer than they work."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="session")

@@ -4,8 +4,8 @@
 // Activations are channels-last, [N, H, W, C] in memory. Tasks lie side by side on the channel axis (C = tasks ·
 // hidden), so per-channel statistics are per-task ones and nothing here but the first layer knows of tasks.
 //
-// The kernels work on blocks of 16 channels, written with the vector extensions of GCC and Clang: they compile for
-// any CPU, and for float, bfloat16 (storage only) and double. Sums run in the computing type over at most ROWS
+// The kernels work on blocks of channels that fill one of the CPU's vectors, written with the vector extensions of GCC
+// and Clang: they compile for any CPU, and for float, bfloat16 (storage only) and double. Sums run in the computing type over at most ROWS
 // positions and then in double. Threads divide channels, never a sum: results do not depend on their number.
 //
 // `winner` holds, per output, which position of its pooling window was the largest (0…3 in reading order, the first
@@ -19,7 +19,7 @@
 #include <c10/util/BFloat16.h>
 #include <torch/library.h>
 
-#ifdef __AVX512F__
+#ifdef __AVX2__
 #include <immintrin.h>
 #endif
 
@@ -33,33 +33,45 @@ using at::Tensor;
 
 namespace {
 
-constexpr int64_t BLOCK = 16;   // channels that one vector holds
-constexpr int WIDE = 4;         // blocks that are worked on together
-constexpr int64_t GROUP = WIDE * BLOCK;
-constexpr int64_t ROWS = 512;   // positions whose sum is kept in the computing type
-constexpr int64_t TAPS = 9;     // of a 3×3 kernel
+#if defined(__AVX512F__)
+constexpr int VECTOR_BYTES = 64;
+#elif defined(__AVX2__)
+constexpr int VECTOR_BYTES = 32;
+#else
+constexpr int VECTOR_BYTES = 16;
+#endif
+constexpr int64_t MULTIPLE = 16;  // the number of a layer's channels is one of it: whole vectors of every kind
+constexpr int WIDE = VECTOR_BYTES == 64 ? 4 : 2;  // blocks that are worked on together: AVX-512 has 32 registers
+constexpr int64_t ROWS = 512;     // positions whose sum is kept in the computing type
+constexpr int64_t TAPS = 9;       // of a 3×3 kernel
 constexpr uint8_t INACTIVE = 255;
 
-// ---- vectors of 16 channels ----
+// ---- vectors of channels ----
 
 template <class Compute> struct Lanes;
 template <> struct Lanes<float> {
-  typedef float Vector __attribute__((vector_size(64)));
-  typedef int32_t Mask __attribute__((vector_size(64)));
+  static constexpr int64_t COUNT = VECTOR_BYTES / 4;
+  typedef float Vector __attribute__((vector_size(VECTOR_BYTES)));
+  typedef int32_t Mask __attribute__((vector_size(VECTOR_BYTES)));
+  typedef uint8_t Bytes __attribute__((vector_size(COUNT)));
 };
 template <> struct Lanes<double> {
-  typedef double Vector __attribute__((vector_size(128)));
-  typedef int64_t Mask __attribute__((vector_size(128)));
+  static constexpr int64_t COUNT = VECTOR_BYTES / 8;
+  typedef double Vector __attribute__((vector_size(VECTOR_BYTES)));
+  typedef int64_t Mask __attribute__((vector_size(VECTOR_BYTES)));
+  typedef uint8_t Bytes __attribute__((vector_size(COUNT)));
 };
-typedef uint8_t Bytes __attribute__((vector_size(16)));
-typedef uint16_t Halves __attribute__((vector_size(32)));
-typedef uint32_t Words __attribute__((vector_size(64)));
+typedef uint16_t Halves __attribute__((vector_size(VECTOR_BYTES / 2)));
+typedef uint32_t Words __attribute__((vector_size(VECTOR_BYTES)));
 
 template <class Storage> struct ComputeOf { typedef Storage type; };
 template <> struct ComputeOf<at::BFloat16> { typedef float type; };
 template <class Storage> using Compute = typename ComputeOf<Storage>::type;
 template <class Storage> using Vector = typename Lanes<Compute<Storage>>::Vector;
 template <class Storage> using Mask = typename Lanes<Compute<Storage>>::Mask;
+template <class Storage> using Bytes = typename Lanes<Compute<Storage>>::Bytes;
+template <class Storage> constexpr int64_t BLOCK = Lanes<Compute<Storage>>::COUNT;
+template <class Storage> constexpr int64_t GROUP = WIDE * BLOCK<Storage>;
 
 template <class T, class From> inline T copy_bits(const From* from) {
   T to;
@@ -87,16 +99,17 @@ inline void store(at::BFloat16* to, Vector<float> value) {  // round to nearest,
 }
 
 template <class Storage> inline Mask<Storage> load_winner(const uint8_t* from) {
-#ifdef __AVX512F__  // one instruction, where GCC takes six for the line below
-  if constexpr (sizeof(Compute<Storage>) == 4) {
-    __m512i words = _mm512_cvtepu8_epi32(copy_bits<__m128i>(from));
-    return copy_bits<Mask<Storage>>(&words);
-  }
+  // one instruction each, where GCC takes six for the last line
+#if defined(__AVX512F__)
+  if constexpr (sizeof(Compute<Storage>) == 4) return Mask<Storage>(_mm512_cvtepu8_epi32(copy_bits<__m128i>(from)));
+#elif defined(__AVX2__)
+  if constexpr (sizeof(Compute<Storage>) == 4)
+    return Mask<Storage>(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
 #endif
-  return __builtin_convertvector(copy_bits<Bytes>(from), Mask<Storage>);
+  return __builtin_convertvector(copy_bits<Bytes<Storage>>(from), Mask<Storage>);
 }
-template <class M> inline void store_winner(uint8_t* to, M winner) {
-  Bytes bytes = __builtin_convertvector(winner, Bytes);
+template <class Storage> inline void store_winner(uint8_t* to, Mask<Storage> winner) {
+  Bytes<Storage> bytes = __builtin_convertvector(winner, Bytes<Storage>);
   std::memcpy(to, &bytes, sizeof(bytes));
 }
 
@@ -126,14 +139,14 @@ template <int POOL, class Work> void for_tiles(const Map<POOL>& map, int64_t fro
 // work<blocks>(first channel), in groups of WIDE blocks while there are as many, then one by one
 #define FOR_CHANNEL_GROUPS(from, to, ...)                                        \
   for (int64_t channel = (from); channel < (to);) {                             \
-    if (channel + GROUP <= (to)) {                                       \
+    if (channel + GROUP<S> <= (to)) {                                       \
       constexpr int NB = WIDE;                                                  \
       __VA_ARGS__;                                                              \
-      channel += GROUP;                                                      \
+      channel += GROUP<S>;                                                      \
     } else {                                                                    \
       constexpr int NB = 1;                                                     \
       __VA_ARGS__;                                                              \
-      channel += BLOCK;                                                         \
+      channel += BLOCK<S>;                                                         \
     }                                                                           \
   }
 
@@ -143,7 +156,7 @@ template <class S, int NB, int COUNT> struct Sums {
   void add_to(std::vector<double>* totals, int64_t channel) const {
     for (int q = 0; q < COUNT; q++)
       for (int b = 0; b < NB; b++)
-        for (int lane = 0; lane < BLOCK; lane++) totals[q][channel + b * BLOCK + lane] += value[q][b][lane];
+        for (int lane = 0; lane < BLOCK<S>; lane++) totals[q][channel + b * BLOCK<S> + lane] += value[q][b][lane];
   }
 };
 
@@ -169,10 +182,10 @@ void norm_forward(const S* x, const Compute<S>* gain, const Compute<S>* offset, 
     FOR_CHANNEL_GROUPS(from, to, {
       Sums<S, NB, 2> sums;
       V pivot[NB];  // the first position's values: differences from them keep the variance of a large mean exact
-      for (int b = 0; b < NB; b++) pivot[b] = load(x + channel + b * BLOCK);
+      for (int b = 0; b < NB; b++) pivot[b] = load(x + channel + b * BLOCK<S>);
       for (int64_t i = row; i < end; i++)
         for (int b = 0; b < NB; b++) {
-          V value = load(x + i * C + channel + b * BLOCK) - pivot[b];
+          V value = load(x + i * C + channel + b * BLOCK<S>) - pivot[b];
           sums.value[0][b] += value;
           sums.value[1][b] += value * value;
         }
@@ -193,8 +206,8 @@ void norm_forward(const S* x, const Compute<S>* gain, const Compute<S>* offset, 
     FOR_CHANNEL_GROUPS(from, to, {
       V factor[NB], summand[NB];
       for (int b = 0; b < NB; b++) {
-        factor[b] = load(&scale[channel + b * BLOCK]);
-        summand[b] = load(&shift[channel + b * BLOCK]);
+        factor[b] = load(&scale[channel + b * BLOCK<S>]);
+        summand[b] = load(&shift[channel + b * BLOCK<S>]);
       }
       for (int64_t n = n0; n < n1; n++)
         for (int64_t i = 0; i < map.out_height(); i++)
@@ -202,17 +215,17 @@ void norm_forward(const S* x, const Compute<S>* gain, const Compute<S>* offset, 
             const S* window = x + map.in(n, i * POOL, j * POOL) + channel;
             const int64_t out = map.out(n, i, j) + channel;
             for (int b = 0; b < NB; b++) {
-              V best = load(window + b * BLOCK) * factor[b] + summand[b];
+              V best = load(window + b * BLOCK<S>) * factor[b] + summand[b];
               Mask<S> which = {};
               for (int w = 1; w < POOL * POOL; w++) {
-                V value = load(window + map.within(w) + b * BLOCK) * factor[b] + summand[b];
+                V value = load(window + map.within(w) + b * BLOCK<S>) * factor[b] + summand[b];
                 Mask<S> larger = value > best;
                 best = larger ? value : best;
                 which = larger ? Mask<S>{} + w : which;
               }
               Mask<S> zero = best <= 0;  // so that a NaN stays one
-              store(y + out + b * BLOCK, zero ? V{} : best);
-              store_winner(winner + out + b * BLOCK, zero ? Mask<S>{} + INACTIVE : which);
+              store(y + out + b * BLOCK<S>, zero ? V{} : best);
+              store_winner<S>(winner + out + b * BLOCK<S>, zero ? Mask<S>{} + INACTIVE : which);
             }
           }
     })
@@ -233,7 +246,7 @@ void combine(const S* x, const S* vx, const S* gy, const uint8_t* winner, const 
     FOR_CHANNEL_GROUPS(from, to, {
       V of_gy[NB], of_x[NB], of_vx[NB], constant[NB], center[NB];
       for (int b = 0; b < NB; b++) {
-        const int64_t c = channel + b * BLOCK;
+        const int64_t c = channel + b * BLOCK<S>;
         of_gy[b] = load(&coefficients.of_gy[c]);
         of_x[b] = load(&coefficients.of_x[c]);
         of_vx[b] = load(&coefficients.of_vx[c]);
@@ -248,13 +261,13 @@ void combine(const S* x, const S* vx, const S* gy, const uint8_t* winner, const 
             const int64_t o = pooled ? map.out(n, i / POOL, j / POOL) + channel : 0;
             const int w = POOL == 2 ? int((i & 1) * 2 + (j & 1)) : 0;
             for (int b = 0; b < NB; b++) {
-              V value = (load(x + at + b * BLOCK) - center[b]) * of_x[b] + constant[b];
-              if (WITH_VX) value += load(vx + at + b * BLOCK) * of_vx[b];
+              V value = (load(x + at + b * BLOCK<S>) - center[b]) * of_x[b] + constant[b];
+              if (WITH_VX) value += load(vx + at + b * BLOCK<S>) * of_vx[b];
               if (pooled) {
-                V with_gradient = value + load(gy + o + b * BLOCK) * of_gy[b];
-                value = load_winner<S>(winner + o + b * BLOCK) == w ? with_gradient : value;
+                V with_gradient = value + load(gy + o + b * BLOCK<S>) * of_gy[b];
+                value = load_winner<S>(winner + o + b * BLOCK<S>) == w ? with_gradient : value;
               }
-              store(out + at + b * BLOCK, value);
+              store(out + at + b * BLOCK<S>, value);
             }
           }
     })
@@ -274,16 +287,16 @@ void norm_backward(const S* x, const Compute<S>* gain, const S* gy, const uint8_
     FOR_CHANNEL_GROUPS(from, to, {
       Sums<S, NB, 2> sums;
       V center[NB];
-      for (int b = 0; b < NB; b++) center[b] = load(mean + channel + b * BLOCK);
+      for (int b = 0; b < NB; b++) center[b] = load(mean + channel + b * BLOCK<S>);
       for (int64_t n = n0; n < n1; n++)
         for (int64_t i = 0; i < map.out_height(); i++)
           for (int64_t j = 0; j < map.out_width(); j++) {
             const S* window = x + map.in(n, i * POOL, j * POOL) + channel;
             const int64_t o = map.out(n, i, j) + channel;
             for (int b = 0; b < NB; b++) {
-              Mask<S> which = load_winner<S>(winner + o + b * BLOCK);
-              V gradient = which == INACTIVE ? V{} : load(gy + o + b * BLOCK);
-              V value = at_winner<S>(window + b * BLOCK, map, which) - center[b];
+              Mask<S> which = load_winner<S>(winner + o + b * BLOCK<S>);
+              V gradient = which == INACTIVE ? V{} : load(gy + o + b * BLOCK<S>);
+              V value = at_winner<S>(window + b * BLOCK<S>, map, which) - center[b];
               sums.value[0][b] += gradient;
               sums.value[1][b] += gradient * value;
             }
@@ -322,12 +335,12 @@ void norm_double_backward(const S* x, const Compute<S>* gain, const S* gy, const
     FOR_CHANNEL_GROUPS(from, to, {
       Sums<S, NB, 3> sums;
       V center[NB];
-      for (int b = 0; b < NB; b++) center[b] = load(mean + channel + b * BLOCK);
+      for (int b = 0; b < NB; b++) center[b] = load(mean + channel + b * BLOCK<S>);
       for (int64_t at = map.in(n0, 0, 0) + channel; at < map.in(n1, 0, 0); at += map.channels)
         for (int b = 0; b < NB; b++) {
-          V value = load(vx + at + b * BLOCK);
+          V value = load(vx + at + b * BLOCK<S>);
           sums.value[0][b] += value;
-          sums.value[1][b] += value * (load(x + at + b * BLOCK) - center[b]);
+          sums.value[1][b] += value * (load(x + at + b * BLOCK<S>) - center[b]);
         }
       for (int64_t n = n0; n < n1; n++)
         for (int64_t i = 0; i < map.out_height(); i++)
@@ -335,9 +348,9 @@ void norm_double_backward(const S* x, const Compute<S>* gain, const S* gy, const
             const S* window = vx + map.in(n, i * POOL, j * POOL) + channel;
             const int64_t o = map.out(n, i, j) + channel;
             for (int b = 0; b < NB; b++) {
-              Mask<S> which = load_winner<S>(winner + o + b * BLOCK);
-              V gradient = which == INACTIVE ? V{} : load(gy + o + b * BLOCK);
-              sums.value[2][b] += gradient * at_winner<S>(window + b * BLOCK, map, which);
+              Mask<S> which = load_winner<S>(winner + o + b * BLOCK<S>);
+              V gradient = which == INACTIVE ? V{} : load(gy + o + b * BLOCK<S>);
+              sums.value[2][b] += gradient * at_winner<S>(window + b * BLOCK<S>, map, which);
             }
           }
       sums.add_to(totals, channel);
@@ -365,12 +378,12 @@ void norm_double_backward(const S* x, const Compute<S>* gain, const S* gy, const
           for (int64_t j = 0; j < map.out_width(); j++) {
             const int64_t at = map.in(n, i * POOL, j * POOL) + channel, o = map.out(n, i, j) + channel;
             for (int b = 0; b < NB; b++) {
-              const int64_t c = channel + b * BLOCK;
-              Mask<S> which = load_winner<S>(winner + o + b * BLOCK);
-              V value = at_winner<S>(vx + at + b * BLOCK, map, which) * load(&for_gy.of_vx[c]);
-              value += (at_winner<S>(x + at + b * BLOCK, map, which) - load(mean + c)) * load(&for_gy.of_x[c]);
+              const int64_t c = channel + b * BLOCK<S>;
+              Mask<S> which = load_winner<S>(winner + o + b * BLOCK<S>);
+              V value = at_winner<S>(vx + at + b * BLOCK<S>, map, which) * load(&for_gy.of_vx[c]);
+              value += (at_winner<S>(x + at + b * BLOCK<S>, map, which) - load(mean + c)) * load(&for_gy.of_x[c]);
               value += load(&for_gy.constant[c]);
-              store(d_gy + o + b * BLOCK, which == INACTIVE ? V{} : value);
+              store(d_gy + o + b * BLOCK<S>, which == INACTIVE ? V{} : value);
             }
           }
     })
@@ -414,11 +427,11 @@ void first_values(const Compute<S>* images, const Compute<S>* weight, const Comp
             for (int64_t j = 0; j < map.out_width(); j++) {
               V value[POOL * POOL][NB];
               for (int w = 0; w < POOL * POOL; w++)
-                for (int b = 0; b < NB; b++) value[w][b] = load(offset + channel + b * BLOCK);
+                for (int b = 0; b < NB; b++) value[w][b] = load(offset + channel + b * BLOCK<S>);
               const Compute<S>* image = images + layer.image(task, n);
               for (int64_t q = 0; q < layer.taps(); q++)
                 for (int b = 0; b < NB; b++) {
-                  const V factor = load(own + q * layer.hidden + b * BLOCK);
+                  const V factor = load(own + q * layer.hidden + b * BLOCK<S>);
                   for (int w = 0; w < POOL * POOL; w++)
                     value[w][b] += image[layer.patch(i, j, w) + tap[q]] * factor;
                 }
@@ -426,15 +439,15 @@ void first_values(const Compute<S>* images, const Compute<S>* weight, const Comp
               for (int b = 0; b < NB; b++) {
                 V best = value[0][b];
                 Mask<S> which = {};
-                if (!CHOOSE) which = load_winner<S>(winner + out + b * BLOCK);
+                if (!CHOOSE) which = load_winner<S>(winner + out + b * BLOCK<S>);
                 for (int w = 1; w < POOL * POOL; w++) {
                   Mask<S> take = CHOOSE ? value[w][b] > best : which == w;
                   best = take ? value[w][b] : best;
                   if (CHOOSE) which = take ? Mask<S>{} + w : which;
                 }
                 Mask<S> zero = CHOOSE ? best <= 0 : which == INACTIVE;
-                store(y + out + b * BLOCK, zero ? V{} : best);
-                if (CHOOSE) store_winner(winner + out + b * BLOCK, zero ? Mask<S>{} + INACTIVE : which);
+                store(y + out + b * BLOCK<S>, zero ? V{} : best);
+                if (CHOOSE) store_winner<S>(winner + out + b * BLOCK<S>, zero ? Mask<S>{} + INACTIVE : which);
               }
             }
       })
@@ -451,7 +464,7 @@ void first_gradients(const Compute<S>* images, const S* gy, const uint8_t* winne
   for (int64_t plane = 0; plane < layer.image_channels; plane++) {
     for (auto& total : totals) total.assign(map.channels, 0.0);
     for_tiles(map, from, to, [&](int64_t n0, int64_t n1, int64_t from, int64_t to) {
-      for (int64_t channel = from; channel < to; channel += BLOCK) {
+      for (int64_t channel = from; channel < to; channel += BLOCK<S>) {
         Sums<S, 1, TAPS + 1> sums;
         for (int64_t n = n0; n < n1; n++) {
           const Compute<S>* image = images + layer.image(channel / layer.hidden, n) + plane * layer.plane();
@@ -519,7 +532,7 @@ template <class Work> void over_channels(int64_t channels, int64_t step, Work wo
   } while (0)
 
 void check_channels(int64_t channels) {
-  TORCH_CHECK(channels % BLOCK == 0, channels, " channels are not a multiple of ", BLOCK);
+  TORCH_CHECK(channels % MULTIPLE == 0, channels, " channels are not a multiple of ", MULTIPLE);
 }
 
 template <int POOL> Map<POOL> map_of(const Tensor& x) { return {x.size(0), x.size(2), x.size(3), x.size(1)}; }
@@ -531,7 +544,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> norm_forward_op(const Tensor& x_, con
   const Tensor y = output(x, x.size(0), x.size(1), x.size(2) / pool, x.size(3) / pool, x.scalar_type());
   const Tensor winner = output(y, y.size(0), y.size(1), y.size(2), y.size(3), at::kByte);
   const Tensor mean = at::empty_like(gain), r = at::empty_like(gain);
-  FOR_TYPE_AND_POOL(x.scalar_type(), pool, over_channels(x.size(1), GROUP, [&](int64_t from, int64_t to) {
+  FOR_TYPE_AND_POOL(x.scalar_type(), pool, over_channels(x.size(1), GROUP<S>, [&](int64_t from, int64_t to) {
     using C = Compute<S>;
     norm_forward<S, POOL>(data<S>(x), data<C>(gain), data<C>(offset), data<S>(y), data<uint8_t>(winner),
                           data<C>(mean), data<C>(r), map_of<POOL>(x), eps, from, to);
@@ -544,7 +557,7 @@ std::tuple<Tensor, Tensor, Tensor> norm_backward_op(const Tensor& x_, const Tens
                                                     int64_t pool) {
   const Tensor x = channels_last(x_), gy = channels_last(gy_), gain = gain_.contiguous();
   const Tensor gx = at::empty_like(x), g_gain = at::empty_like(gain), g_offset = at::empty_like(gain);
-  FOR_TYPE_AND_POOL(x.scalar_type(), pool, over_channels(x.size(1), GROUP, [&](int64_t from, int64_t to) {
+  FOR_TYPE_AND_POOL(x.scalar_type(), pool, over_channels(x.size(1), GROUP<S>, [&](int64_t from, int64_t to) {
     using C = Compute<S>;
     norm_backward<S, POOL>(data<S>(x), data<C>(gain), data<S>(gy), data<uint8_t>(winner), data<C>(mean), data<C>(r),
                            data<S>(gx), data<C>(g_gain), data<C>(g_offset), map_of<POOL>(x), from, to);
@@ -560,7 +573,7 @@ std::tuple<Tensor, Tensor, Tensor> norm_double_backward_op(const Tensor& x_, con
   const Tensor x = channels_last(x_), gy = channels_last(gy_), vx = channels_last(vx_), gain = gain_.contiguous();
   const Tensor v_gain = v_gain_.contiguous(), v_offset = v_offset_.contiguous();
   const Tensor d_x = at::empty_like(x), d_gain = at::empty_like(gain), d_gy = at::empty_like(gy);
-  FOR_TYPE_AND_POOL(x.scalar_type(), pool, over_channels(x.size(1), GROUP, [&](int64_t from, int64_t to) {
+  FOR_TYPE_AND_POOL(x.scalar_type(), pool, over_channels(x.size(1), GROUP<S>, [&](int64_t from, int64_t to) {
     using C = Compute<S>;
     norm_double_backward<S, POOL>(data<S>(x), data<C>(gain), data<S>(gy), data<uint8_t>(winner), data<C>(mean),
                                   data<C>(r), data<C>(g_gain), data<C>(g_offset), data<S>(vx), data<C>(v_gain),
@@ -613,7 +626,7 @@ std::tuple<Tensor, Tensor> first_gradients_op(const Tensor& images_, const Tenso
   const int64_t tasks = images.size(0), hidden = gy.size(1) / tasks;
   const Tensor g_weight = at::empty({tasks, TAPS * images.size(2), hidden}, images.options());
   const Tensor g_offset = at::empty({tasks, hidden}, images.options());
-  FOR_TYPE_AND_POOL(gy.scalar_type(), pool, over_channels(gy.size(1), BLOCK, [&](int64_t from, int64_t to) {
+  FOR_TYPE_AND_POOL(gy.scalar_type(), pool, over_channels(gy.size(1), BLOCK<S>, [&](int64_t from, int64_t to) {
     using C = Compute<S>;
     first_gradients<S, POOL>(data<C>(images), data<S>(gy), data<uint8_t>(winner), data<C>(g_weight), data<C>(g_offset),
                              layer_of<POOL>(images, hidden, stride), from, to);

@@ -46,6 +46,8 @@ def train(context: Context, experiment: Experiment, run: RunFolder) -> None:
     keep_freed_memory()
     torch.set_num_threads(experiment.training.cpus_per_worker)
     parts = experiments.build(experiment, device=context.device)
+    if context.rank == 0:
+        run.update(kernel=parts.model.kernel, precision=parts.model.precision)
     state = _initial_state(experiment, parts, context.device)
     latest = run.checkpoints.latest()
     if latest is not None:

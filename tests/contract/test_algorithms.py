@@ -13,6 +13,7 @@ from torch import Tensor
 from pipeline import experiment as experiments
 from pipeline.algorithms import ALGORITHMS
 from pipeline.experiment import Components
+from pipeline.kernels import native
 from pipeline.learner import Learner, card_of, write_model
 from pipeline.training import outer
 from pipeline.training.checkpoint import CheckpointStore, TrainState
@@ -38,6 +39,10 @@ MODELS = {
     "images": {"name": "mlp", "hidden": [16], "normalization": "batch"},
     "sinusoid": {"name": "mlp", "hidden": [16]},
 }
+CONVOLUTIONAL = {"name": "conv4", "hidden": 16, "downsample": "stride"}
+KERNELS = ("pure", "closed", "native")
+pytestmark = pytest.mark.usefixtures("one_thread")
+KERNEL_VARIANTS = [{}, {"inductive_statistics": "running"}]  # the others are MAML's, whatever the kernel
 
 
 def algorithm_names() -> list[str]:
@@ -45,28 +50,47 @@ def algorithm_names() -> list[str]:
 
 
 def cases() -> list:
-    return [
-        pytest.param((name, variant, family), id="-".join([name, family, *(f"{k}={v}" for k, v in variant.items())]))
+    every = [
+        (name, variant, family, "auto")
         for name in algorithm_names()
         for variant in VARIANTS.get(name, [{}])
         for family in FAMILIES
     ]
+    every += [
+        (name, variant, "images", kernel)
+        for name in algorithm_names()
+        for variant in VARIANTS.get(name, [{}])
+        if variant in KERNEL_VARIANTS
+        for kernel in KERNELS
+    ]
+    return [
+        pytest.param(one, id="-".join([one[0], one[2], one[3], *(f"{k}={v}" for k, v in one[1].items())]))
+        for one in every
+    ]
 
 
-def experiment_of(name: str, variant: dict, family: str, data: Path) -> experiments.Experiment:
+def experiment_of(name: str, variant: dict, family: str, kernel: str, data: Path) -> experiments.Experiment:
     task = {**FAMILIES[family], **({"data": str(data)} if family == "images" else {})}
     content = {
         "name": "contract",
         "task": task,
-        "model": MODELS[family],
+        "model": MODELS[family] if kernel == "auto" else CONVOLUTIONAL,
         "algorithm": {"name": name, **REQUIRED.get(name, {}), **variant},
-        "training": {"steps": 1, "backend": "local", "dtype": "float64", "meta_batch_size": TASKS},
+        "training": {
+            "steps": 1,
+            "backend": "local",
+            "dtype": "float64",
+            "meta_batch_size": TASKS,
+            "kernel": kernel,
+        },
     }
     return experiments.from_dict(content, source="contract")
 
 
 @pytest.fixture(params=cases())
 def case(request: pytest.FixtureRequest, tiny_data: Path) -> tuple[experiments.Experiment, Components]:
+    if request.param[3] == "native" and native.why_not():
+        pytest.skip(f"no native kernels here: {native.why_not()}")
     experiment = experiment_of(*request.param, tiny_data)
     return experiment, experiments.build(experiment, device=torch.device("cpu"))
 

@@ -6,7 +6,6 @@ import os
 import stat
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -30,6 +29,7 @@ from pipeline.types import TaskBatch
 REPOSITORY = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
 KERNELS = ("closed", "native")
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def need(kernel: str) -> ModuleType:
@@ -170,14 +170,6 @@ def meta_gradient(model: Conv4, batch: TaskBatch, **config: Any) -> Any:
     settings = MAMLConfig(**{"name": "maml", "inner_lr": 0.1, "adaptation_steps": 2, **config})
     maml = MAML(settings, model=model, objective=Classification())
     return maml.meta_grad(maml.init(0), batch, step=0)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture

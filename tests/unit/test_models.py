@@ -40,6 +40,7 @@ def models() -> list:
     return [
         pytest.param(Conv4Config(name="conv4", hidden=4, downsample="stride").build(**shape), id="conv4-stride"),
         pytest.param(Conv4Config(name="conv4", hidden=4).build(**shape), id="conv4-max_pool"),
+        pytest.param(Conv4Config(name="conv4", hidden=4).build(kernel="pure", **shape), id="conv4-pure"),
         pytest.param(MLPConfig(name="mlp", hidden=[5, 4]).build(**shape), id="mlp"),
         pytest.param(MLPConfig(name="mlp", hidden=[5], normalization="batch").build(**shape), id="mlp-batch"),
     ]
