@@ -203,9 +203,9 @@ class MappedImages:
         self._device = device
 
     def gather(self, classes: Tensor, examples: Tensor) -> Tensor:
-        rows = examples.flatten(0, 1).tolist()
-        images = np.stack(
-            [self._reader.read_class(c, r) for c, r in zip(classes.flatten().tolist(), rows, strict=True)]
-        )
-        tensor = torch.from_numpy(images).movedim(-1, 2).unflatten(0, classes.shape).contiguous()
-        return tensor.to(self._device, non_blocking=True)
+        images = np.empty((*examples.shape, *self._reader.manifest.shape), dtype=np.uint8)
+        rows = examples.cpu().numpy()
+        for position, class_id in np.ndenumerate(classes.cpu().numpy()):
+            self._reader.read_class(int(class_id), rows[position], out=images[position])
+        tensor = torch.from_numpy(images).to(self._device, non_blocking=True)
+        return tensor.movedim(-1, 3).contiguous()
