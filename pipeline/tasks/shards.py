@@ -525,7 +525,8 @@ class ShardReader:
     ) -> np.ndarray:
         """uint8 [rows, H, W, C] of one class: all its examples, or those with the given numbers, in order.
 
-        out: an array to put these rows into. Only the row groups that hold them are read. Raises DataError: a damaged page or index names its shard.
+        out: an array to put these rows into. Only the row groups that hold them are read. Raises DataError: a damaged
+        page or index names its shard.
         """
         entry = self.manifest.classes[class_id]
         groups = entry.row_groups
