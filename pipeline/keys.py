@@ -10,9 +10,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+_WORD = (1 << 64) - 1
+
 
 def _signed(value: int) -> int:
-    value &= (1 << 64) - 1
+    value &= _WORD
     return value - (1 << 64) if value >= 1 << 63 else value
 
 
@@ -22,28 +24,37 @@ _MIX_2 = _signed(0x94D049BB133111EB)
 
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:
-    return (x >> bits) & ((1 << (64 - bits)) - 1)  # torch's >> keeps the sign; SplitMix wants zeros shifted in
+    return (x >> bits).bitwise_and_(
+        (1 << (64 - bits)) - 1
+    )  # torch's >> keeps the sign; SplitMix wants zeros shifted in
 
 
 def _mix(x: Tensor) -> Tensor:
-    x = (x ^ _shift_right(x, 30)) * _MIX_1
-    x = (x ^ _shift_right(x, 27)) * _MIX_2
-    return x ^ _shift_right(x, 31)
+    x = _shift_right(x, 30).bitwise_xor_(x).mul_(_MIX_1)
+    x = _shift_right(x, 27).bitwise_xor_(x).mul_(_MIX_2)
+    return _shift_right(x, 31).bitwise_xor_(x)
+
+
+def _mix_word(x: int) -> int:
+    """The same of a plain integer; on a scalar tensor every operation would cost its dispatch."""
+    x &= _WORD
+    x = (x ^ (x >> 30)) * _MIX_1 & _WORD
+    x = (x ^ (x >> 27)) * _MIX_2 & _WORD
+    return _signed(x ^ (x >> 31))
 
 
 def fold(key: Tensor, word: Tensor | int) -> Tensor:
     """A new key from a key and one more word (broadcast against each other); int64 in, int64 out."""
-    if isinstance(word, int):
-        word = torch.tensor(_signed(word), dtype=torch.int64, device=key.device)
-    return _mix(_mix(key + _GOLDEN) ^ _mix(word + _MIX_1))
+    mixed = _mix_word(word + _MIX_1) if isinstance(word, int) else _mix(word + _MIX_1)
+    return _mix(_mix(key + _GOLDEN) ^ mixed)
 
 
 def make(*words: int, device: torch.device | str = "cpu") -> Tensor:
     """The scalar key of some integers, e.g. `make(seed, split_number, step)`."""
-    key = torch.zeros((), dtype=torch.int64, device=device)
-    for word in words:
-        key = fold(key, word)
-    return key
+    key = 0
+    for word in words:  # as `fold`
+        key = _mix_word(_mix_word(key + _GOLDEN) ^ _mix_word(word + _MIX_1))
+    return torch.full((), key, dtype=torch.int64, device=device)  # a fill: a copy to a GPU would wait for it
 
 
 def bits(key: Tensor, n: int) -> Tensor:
@@ -59,4 +70,4 @@ def uniform(key: Tensor, n: int) -> Tensor:
 
 def below(u: Tensor, bound: Tensor | int) -> Tensor:
     """Uniforms [...] in [0, 1) -> integers in [0, bound), for bounds up to 2^53 (bias below bound·2^-53)."""
-    return torch.floor(u * bound).to(torch.int64)
+    return (u * bound).to(torch.int64)  # towards zero: the floor, as both are positive

@@ -147,15 +147,23 @@ class ImageTasks:
         images = self._images.gather(classes, examples)  # uint8 [T, W, K + Q, C, H, W]
         if rotations != "none":
             images = rotate(images, turns[:, :, None, None, None, None])
-        x = images.to(self.dtype) / 255
-        support_x, query_x = x[:, :, : config.k_shot], x[:, :, config.k_shot :]
-        labels = torch.arange(config.n_way, device=self.device).expand(len(slots), -1)
+        support, query = images[:, :, : config.k_shot], images[:, :, config.k_shot :]
         return TaskBatch(
-            support_x=support_x.flatten(1, 2),
-            support_y=labels.repeat_interleave(support_x.shape[2], dim=1),
-            query_x=query_x.flatten(1, 2),
-            query_y=labels.repeat_interleave(query_x.shape[2], dim=1),
+            support_x=self._inputs(support),
+            support_y=self._labels(support),
+            query_x=self._inputs(query),
+            query_y=self._labels(query),
         )
+
+    def _inputs(self, images: Tensor) -> Tensor:
+        """uint8 [T, W, E, C, H, W] -> 0…1 [T, W·E, C, H, W], written once: the division is in place."""
+        return images.to(self.dtype).flatten(1, 2).div_(255)
+
+    def _labels(self, images: Tensor) -> Tensor:
+        """Images [T, W, E, …] -> int64 [T, W·E]."""
+        tasks, n_way, examples = images.shape[:3]
+        labels = torch.arange(n_way, device=self.device).view(1, n_way, 1)
+        return labels.expand(tasks, n_way, examples).flatten(1)
 
 
 def rotate(images: Tensor, turns: Tensor) -> Tensor:
@@ -195,9 +203,9 @@ class MappedImages:
         self._device = device
 
     def gather(self, classes: Tensor, examples: Tensor) -> Tensor:
-        rows = examples.flatten(0, 1).tolist()
-        images = np.stack(
-            [self._reader.read_class(c, r) for c, r in zip(classes.flatten().tolist(), rows, strict=True)]
-        )
-        tensor = torch.from_numpy(images).movedim(-1, 2).unflatten(0, classes.shape).contiguous()
-        return tensor.to(self._device, non_blocking=True)
+        images = np.empty((*examples.shape, *self._reader.manifest.shape), dtype=np.uint8)
+        rows = examples.cpu().numpy()
+        for position, class_id in np.ndenumerate(classes.cpu().numpy()):
+            self._reader.read_class(int(class_id), rows[position], out=images[position])
+        tensor = torch.from_numpy(images).to(self._device, non_blocking=True)
+        return tensor.movedim(-1, 3).contiguous()

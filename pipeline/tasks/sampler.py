@@ -31,20 +31,19 @@ class EpisodeIndices(NamedTuple):
 def draw_without_replacement(u: Tensor, population: Tensor | int) -> Tensor:
     """Uniforms [..., k] -> int64 [..., k]: an ordered uniform sample without repetition from range(population).
 
-    `population` broadcasts against [...]. The i-th draw picks the r-th number not yet taken. With the taken ones
-    sorted as c_1 < c_2 < …, c_m − (m − 1) free numbers lie below c_m, so the pick is r + #{m : c_m − (m − 1) ≤ r}.
+    `population` broadcasts against [...]. The i-th draw picks the r_i-th number not yet taken: r is the Lehmer code of
+    the sample. From the last draw back to the first, those drawn later count up over the number that is taken.
     """
     k = u.shape[-1]
-    ranks = torch.arange(k, device=u.device)
     if isinstance(population, int):
-        population = torch.tensor(population, device=u.device)
-    picked = keys.below(u[..., :1], population.unsqueeze(-1))
-    for i in range(1, k):
-        rank = keys.below(u[..., i], population - i).unsqueeze(-1)
-        taken = picked.sort(dim=-1).values
-        pick = rank + (taken - ranks[:i] <= rank).sum(dim=-1, keepdim=True)
-        picked = torch.cat([picked, pick], dim=-1)
-    return picked
+        left = torch.arange(population, population - k, -1, device=u.device)
+    else:
+        left = population.unsqueeze(-1) - torch.arange(k, device=u.device)
+    picked = keys.below(u, left).movedim(-1, 0).contiguous()  # [k, ...]
+    for i in reversed(range(k - 1)):
+        later = picked[i + 1 :]
+        later += later >= picked[i]
+    return picked.movedim(0, -1)
 
 
 def sample_indices(

@@ -26,7 +26,7 @@ import re
 import shutil
 import tempfile
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
@@ -496,13 +496,17 @@ def _check_size(parquet: pq.ParquetFile, image_bytes: int) -> None:
 class ShardReader:
     """Rows of a data set by class, from memory-mapped shards or an object store. Files are opened at their first use.
 
-    Threads may share one; they take turns reading.
+    The first read of a row group decodes it and checks its pages; later ones copy rows from where they lie in the file.
+
+    Threads may share one; they take turns decoding.
     """
 
     def __init__(self, folder: str | Location, manifest: Manifest) -> None:
         self.folder = location(folder)
         self.manifest = manifest
         self._files: dict[int, pq.ParquetFile] = {}
+        self._maps: dict[int, np.memmap] = {}
+        self._in_place: dict[tuple[int, int], np.ndarray] = {}  # (shard, row group) -> its checked images, in the file
         self._lock = threading.Lock()  # a ParquetFile is not thread-safe; sampling ahead and validation share it
 
     def __enter__(self) -> ShardReader:
@@ -513,20 +517,28 @@ class ShardReader:
             for file in self._files.values():
                 file.close()
             self._files.clear()
+            self._maps.clear()
+            self._in_place.clear()
 
-    def read_class(self, class_id: int, rows: Iterable[int] | None = None) -> np.ndarray:
+    def read_class(
+        self, class_id: int, rows: Sequence[int] | np.ndarray | None = None, *, out: np.ndarray | None = None
+    ) -> np.ndarray:
         """uint8 [rows, H, W, C] of one class: all its examples, or those with the given numbers, in order.
 
-        Only the row groups that hold them are read. Raises DataError: a damaged page or index names its shard.
+        out: an array to put these rows into. Only the row groups that hold them are read. Raises DataError: a damaged
+        page or index names its shard.
         """
         entry = self.manifest.classes[class_id]
         groups = entry.row_groups
         if rows is None:
             return np.concatenate([self._read_row_group(class_id, group) for group in groups])
-        wanted = np.asarray(list(rows))
+        wanted = np.asarray(rows, dtype=np.int64)
+        images = np.empty((len(wanted), *self.manifest.shape), dtype=np.uint8) if out is None else out
+        if len(groups) == 1:
+            images[:] = self._read_row_group(class_id, groups[0])[wanted]
+            return images
         starts = np.cumsum([0, *(group.rows for group in groups)])
         which = np.searchsorted(starts, wanted, side="right") - 1
-        images = np.empty((len(wanted), *self.manifest.shape), dtype=np.uint8)
         for g in np.unique(which):
             inside = which == g
             images[inside] = self._read_row_group(class_id, groups[g])[wanted[inside] - starts[g]]
@@ -536,6 +548,9 @@ class ShardReader:
         return (self.read_class(class_id) for class_id in range(len(self.manifest.classes)))
 
     def _read_row_group(self, class_id: int, group: RowGroup) -> np.ndarray:
+        in_place = self._in_place.get((group.shard, group.row_group))
+        if in_place is not None:
+            return in_place
         name = self.manifest.shards[group.shard].file
         try:
             with self._lock:
@@ -557,7 +572,30 @@ class ShardReader:
                 f"{self.folder / name}: row group {group.row_group} does not hold the {group.rows} examples of class "
                 f"{self.manifest.classes[class_id].name} that {MANIFEST} says. Prepare the data set again."
             )
+        in_place = self._view(file, group)
+        if in_place is not None and np.array_equal(in_place, images):
+            self._in_place[group.shard, group.row_group] = in_place
         return images
+
+    def _view(self, file: pq.ParquetFile, group: RowGroup) -> np.ndarray | None:
+        """The end of the row group's column of images in the mapped file: where they lie if they are in one page.
+
+        None for an object store. A plain page of required fixed-size values is a header and the values.
+        """
+        path = self.folder / self.manifest.shards[group.shard].file
+        if not isinstance(path, Path):
+            return None
+        columns = file.metadata.row_group(group.row_group)
+        column = columns.column(file.schema_arrow.get_field_index("image"))
+        end = column.data_page_offset + column.total_compressed_size
+        start = end - group.rows * self.manifest.image_bytes
+        try:
+            with self._lock:
+                if group.shard not in self._maps:
+                    self._maps[group.shard] = np.memmap(path, np.uint8, mode="r")
+            return self._maps[group.shard][max(start, 0) : end].reshape(group.rows, *self.manifest.shape)
+        except (OSError, ValueError):  # not to be mapped, or a footer that points elsewhere
+            return None
 
     def _open(self, shard: int) -> pq.ParquetFile:
         if shard not in self._files:

@@ -125,6 +125,39 @@ def test_several_row_groups_and_shards_are_used(folder: Path) -> None:
     assert len({group.shard for group in manifest.classes[2].row_groups}) > 1
 
 
+def test_a_row_group_is_decoded_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded = []
+    read_row_group = pq.ParquetFile.read_row_group
+
+    def counting(file: pq.ParquetFile, number: int, **options: Any) -> Any:
+        decoded.append(number)
+        return read_row_group(file, number, **options)
+
+    monkeypatch.setattr(pq.ParquetFile, "read_row_group", counting)
+    with shards.ShardReader(folder, shards.read_manifest(folder)) as reader:
+        for _ in range(3):
+            assert (reader.read_class(2, [6, 0, 3]) == CLASSES[2].images[[6, 0, 3]]).all()
+    assert len(decoded) == 3  # three of its four row groups
+
+
+def test_pages_of_another_writer_are_decoded_every_time(folder: Path) -> None:
+    """A row group in several pages does not lie in one piece, whatever its footer says."""
+    manifest = shards.read_manifest(folder)
+    for shard in manifest.shards:
+        with pq.ParquetFile(folder / shard.file) as file:
+            groups = [file.read_row_group(number) for number in range(file.num_row_groups)]
+        options = {"compression": "none", "use_dictionary": False, "max_rows_per_page": 1}
+        with pq.ParquetWriter(folder / shard.file, groups[0].schema, **options) as writer:
+            for group in groups:
+                writer.write_table(group)
+    with shards.ShardReader(folder, manifest) as reader:
+        for _ in range(2):
+            for class_id, raw in enumerate(CLASSES):
+                rows = list(range(len(raw.images)))
+                assert (reader.read_class(class_id, rows) == raw.images).all()
+        assert 0 < len(reader._in_place) < sum(len(entry.row_groups) for entry in manifest.classes)  # those of one row
+
+
 def test_any_parquet_reader_sees_the_same_pixels(folder: Path) -> None:
     pattern = str(folder / "shards" / "*.parquet")
     files = sorted((folder / "shards").glob("*.parquet"))
@@ -489,6 +522,7 @@ def test_threads_may_share_a_reader(folder: Path, monkeypatch: pytest.MonkeyPatc
 
         return stay
 
+    monkeypatch.setattr(shards.ShardReader, "_view", lambda *_: None)  # as in an object store: every read decodes
     monkeypatch.setattr(pq, "ParquetFile", alone(pq.ParquetFile))
     monkeypatch.setattr(pq.core.ParquetFile, "read_row_group", alone(pq.core.ParquetFile.read_row_group))
     wanted = list(range(len(CLASSES))) * 10
