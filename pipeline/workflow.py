@@ -21,11 +21,12 @@ from pipeline.credentials import without_credentials
 from pipeline.errors import ConfigError, DataError, TrackingError
 from pipeline.experiment import Components, Experiment
 from pipeline.learner import Learner, card_of
+from pipeline.models.module import ModuleModel
 from pipeline.runs import RunFolder
 from pipeline.storage import Location
 from pipeline.tasks.images import ImageTasks
 from pipeline.tracking import RunLog, Tracker
-from pipeline.training import journal
+from pipeline.training import batching, journal
 from pipeline.training.evaluate import SELECTION_SEED, TEST_SEED, Estimate, Evaluation, evaluate, paired, summarize
 from pipeline.training.memory import keep_freed_memory
 from pipeline.types import MetaState, Normalization, Split
@@ -112,11 +113,22 @@ def _following(run: RunFolder, log: RunLog, observe: Observer, say: Callable[[st
     to_observer = journal.JournalReader(run.journal)
     done = threading.Event()
     failure: list[Exception] = []
+    told = False
+
+    def show() -> None:
+        nonlocal told
+        records = to_observer.new_records()
+        if records and not told:  # what the workers chose, they have chosen before their first step
+            told = True
+            chosen = run.read().get("batching")
+            if chosen:
+                say(chosen["line"])
+        observe(records)
 
     def follow() -> None:
         try:
             while not done.wait(FOLLOW_SECONDS):
-                observe(to_observer.new_records())
+                show()
                 to_mlflow.try_once()
         except Exception as error:  # raised by the main thread, once the workers are through
             failure.append(error)
@@ -129,7 +141,7 @@ def _following(run: RunFolder, log: RunLog, observe: Observer, say: Callable[[st
         done.set()
         follower.join()
         if not failure:
-            observe(to_observer.new_records())
+            show()
             to_mlflow.try_once()
     if failure:
         raise failure[0]
@@ -191,6 +203,9 @@ def best_checkpoint(run: RunFolder) -> tuple[int, MetaState]:
 def evaluate_run(exp: Experiment, run: RunFolder, parts: Components, log: RunLog, data_digest: str) -> Evaluation:
     """The best checkpoint on the test episodes: numbers, per-episode results and pictures, in the run and in MLflow."""
     step, state = best_checkpoint(run)
+    chosen = run.read().get("batching")
+    if chosen and isinstance(parts.model, ModuleModel):
+        batching.use(parts.model, chosen)
     test = evaluate(
         parts.algorithm,
         parts.family,

@@ -18,6 +18,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from pipeline.config import Section
+from pipeline.keys import pass_keys
 from pipeline.types import (
     Adapted,
     MetaGradient,
@@ -100,13 +101,18 @@ class MAML:
         meta_params = {k: v.detach().requires_grad_() for k, v in state.params.items()}
         with torch.enable_grad():
             params = _per_task(meta_params, len(batch.support_x))
-            for _ in range(config.adaptation_steps):
+            *inner, on_support, on_query = pass_keys(
+                batch.keys if self.model.stochastic else None, config.adaptation_steps + 2
+            )
+            for step_keys in inner:
                 params = self._inner_step(
-                    params, batch.support_x, batch.support_y, None, create_graph=not config.first_order
+                    params, batch.support_x, batch.support_y, None, create_graph=not config.first_order, keys=step_keys
                 )
-            adapted = self._adapted(params, state.buffers, batch.support_x, config.normalization == "inductive")
+            adapted = self._adapted(
+                params, state.buffers, batch.support_x, config.normalization == "inductive", keys=on_support
+            )
             outputs, observed = self.model.apply(
-                adapted.params, batch.query_x, statistics=adapted.statistics, observe=self._running
+                adapted.params, batch.query_x, statistics=adapted.statistics, observe=self._running, keys=on_query
             )
             losses = self.objective.loss(outputs, batch.query_y)  # [T]
             grads = torch.autograd.grad(losses.sum(), list(meta_params.values()))
@@ -130,19 +136,27 @@ class MAML:
         num_classes: int | None,
         *,
         create_graph: bool,
+        keys: Tensor | None = None,
     ) -> Params:
         """θ' = θ − α ∇L_support(θ) for every task at once (tasks are independent: the sum's gradient is each one's)."""
-        outputs, _ = self.model.apply(params, support_x)
+        outputs, _ = self.model.apply(params, support_x, keys=keys)
         losses = self.objective.loss(outputs[..., :num_classes], support_y)
         grads = torch.autograd.grad(losses.sum(), list(params.values()), create_graph=create_graph)
         return {k: v - self.config.inner_lr * g for (k, v), g in zip(params.items(), grads, strict=True)}
 
-    def _adapted(self, params: Params, buffers: Statistics, support_x: Tensor, inductive: bool) -> Adapted:
+    def _adapted(
+        self,
+        params: Params,
+        buffers: Statistics,
+        support_x: Tensor,
+        inductive: bool,
+        keys: Tensor | None = None,
+    ) -> Adapted:
         if not inductive:
             return Adapted(params, None)
         if self._running and buffers:
             return Adapted(params, _per_task(buffers, len(support_x)))
-        return Adapted(params, self.model.apply(params, support_x, observe=True)[1])
+        return Adapted(params, self.model.apply(params, support_x, observe=True, keys=keys)[1])
 
 
 def _per_task(params: Params, tasks: int) -> Params:

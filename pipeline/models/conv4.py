@@ -42,6 +42,7 @@ class Conv4:
     """Parameters: `block{1..4}.conv.weight` [O, I, 3, 3], `block{1..4}.norm.weight` and `.bias` [O], and the head's."""
 
     cpu_task_chunk = 4  # more tasks side by side leave the caches: tests/benchmarks/chunks.py
+    stochastic = False
 
     def __init__(
         self, config: Conv4Config, *, input_shape: tuple[int, ...], num_outputs: int, dtype: torch.dtype
@@ -81,7 +82,13 @@ class Conv4:
         return {name: value.to(self.dtype) for name, value in params.items()}
 
     def apply(
-        self, params: Params, x: Tensor, *, statistics: Statistics | None = None, observe: bool = False
+        self,
+        params: Params,
+        x: Tensor,
+        *,
+        statistics: Statistics | None = None,
+        observe: bool = False,
+        keys: Tensor | None = None,
     ) -> tuple[Tensor, Statistics]:
         """x [T, N, C, H, W] -> logits [T, N, num_outputs], observed statistics."""
         tasks = len(x)

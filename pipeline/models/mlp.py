@@ -30,6 +30,7 @@ class MLP:
     """Parameters: `layer{i}.{weight,bias}`, `norm{i}.{weight,bias}` with normalization, `head.{weight,bias}`."""
 
     cpu_task_chunk = None
+    stochastic = False
 
     def __init__(
         self, config: MLPConfig, *, input_shape: tuple[int, ...], num_outputs: int, dtype: torch.dtype
@@ -55,7 +56,13 @@ class MLP:
         return {name: value.to(self.dtype) for name, value in params.items()}
 
     def apply(
-        self, params: Params, x: Tensor, *, statistics: Statistics | None = None, observe: bool = False
+        self,
+        params: Params,
+        x: Tensor,
+        *,
+        statistics: Statistics | None = None,
+        observe: bool = False,
+        keys: Tensor | None = None,
     ) -> tuple[Tensor, Statistics]:
         """x [T, N, ...] -> outputs [T, N, num_outputs], observed statistics (empty without normalization)."""
         normalize = Normalizer(statistics, observe)

@@ -155,6 +155,7 @@ class ImageTasks:
             support_y=labels.repeat_interleave(support_x.shape[2], dim=1),
             query_x=query_x.flatten(1, 2),
             query_y=labels.repeat_interleave(query_x.shape[2], dim=1),
+            keys=indices.keys,
         )
 
 

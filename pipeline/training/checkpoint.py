@@ -55,6 +55,7 @@ class TrainState:
     best: Best = field(default_factory=Best)
     skipped: int = 0  # outer steps left out because something was not finite
     skipped_in_a_row: int = 0
+    batching: dict[str, Any] | None = None  # of an arbitrary module's tasks, once chosen: see `batching.Choice`
 
 
 class CheckpointStore:
@@ -108,6 +109,7 @@ class CheckpointStore:
             "best": {"step": state.best.step, "score": state.best.score},
             "skipped": state.skipped,
             "skipped_in_a_row": state.skipped_in_a_row,
+            "batching": state.batching,
         }
         stream = io.BytesIO()
         torch.save(content, stream)
@@ -162,3 +164,4 @@ class CheckpointStore:
         state.best = Best(**content["best"])
         state.skipped = content["skipped"]
         state.skipped_in_a_row = content["skipped_in_a_row"]
+        state.batching = content.get("batching")  # older checkpoints have none

@@ -13,8 +13,9 @@ import torch
 from pipeline import experiment as experiments
 from pipeline.errors import StopRequested, TrainingStopped
 from pipeline.experiment import Components, Experiment
+from pipeline.models.module import ModuleModel
 from pipeline.runs import RunFolder
-from pipeline.training import outer
+from pipeline.training import batching, outer
 from pipeline.training.checkpoint import TrainState
 from pipeline.training.context import Context
 from pipeline.training.evaluate import SELECTION_SEED, evaluate, summarize
@@ -48,9 +49,13 @@ def train(context: Context, experiment: Experiment, run: RunFolder) -> None:
     latest = run.checkpoints.latest()
     if latest is not None:
         run.checkpoints.restore(state, latest, context.device)
+    if state.batching is not None and isinstance(parts.model, ModuleModel):
+        batching.use(parts.model, state.batching)
     total = experiment.training.steps
     with _written(run, state), _journal(context, run, state) as journal:
         for batch in _training_batches(context, experiment, parts, first_step=state.step):
+            if state.batching is None and isinstance(parts.model, ModuleModel):
+                _choose_batching(context, experiment, parts, parts.model, state, batch, run)
             metrics, stop = _outer_step(context, experiment, parts, state, batch)
             validating = state.step % experiment.training.validate_every == 0 or state.step == total
             if validating and state.skipped_in_a_row < experiment.training.max_nonfinite_steps:
@@ -130,6 +135,32 @@ def _training_batches(
             if step + 1 in steps:
                 ahead = pool.submit(draw, step + 1)
             yield batch
+
+
+def _choose_batching(
+    context: Context,
+    experiment: Experiment,
+    parts: Components,
+    model: ModuleModel,
+    state: TrainState,
+    batch: TaskBatch,
+    run: RunFolder,
+) -> None:
+    """Before the first outer step; or as it was chosen by an attempt that ended before its first checkpoint."""
+    choice = batching.agree(
+        context,
+        parts.algorithm,
+        model,
+        state.meta,
+        batch,
+        step=state.step,
+        task_chunk=experiment.training.task_chunk,
+        earlier=run.read().get("batching") if context.rank == 0 else None,
+    )
+    state.batching = choice._asdict()
+    batching.use(model, state.batching)
+    if context.rank == 0:
+        run.update(batching=state.batching)
 
 
 def _outer_step(
