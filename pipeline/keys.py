@@ -22,6 +22,8 @@ _GOLDEN = _signed(0x9E3779B97F4A7C15)
 _MIX_1 = _signed(0xBF58476D1CE4E5B9)
 _MIX_2 = _signed(0x94D049BB133111EB)
 
+_PASSES = 0x706173736573  # no small number: those are the samplers' streams
+
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:
     return (x >> bits).bitwise_and_(
@@ -66,6 +68,13 @@ def bits(key: Tensor, n: int) -> Tensor:
 def uniform(key: Tensor, n: int) -> Tensor:
     """`n` uniforms in [0, 1) per key: [...] -> float64 [..., n]."""
     return _shift_right(bits(key, n), 11).to(torch.float64) * 2.0**-53
+
+
+def pass_keys(key: Tensor | None, n: int) -> list[Tensor | None]:
+    """A key for each of `n` passes through a network, [...] each, apart from all that the sampler draws with `key`."""
+    if key is None:
+        return [None] * n
+    return list(bits(fold(key, _PASSES), n).unbind(-1))
 
 
 def below(u: Tensor, bound: Tensor | int) -> Tensor:

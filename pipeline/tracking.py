@@ -297,8 +297,9 @@ class RunLog:
 def _code_paths(card: ModelCard) -> list[str]:
     """This package, and a user's own network, so that the model loads where neither is installed."""
     paths = [Path(pipeline.__file__).parent]
-    if hasattr(card.model, "code_path"):
-        paths.append(card.model.code_path())
+    network = card.model.code_path() if hasattr(card.model, "code_path") else None
+    if network is not None:
+        paths.append(network)
     return [str(path) for path in paths]
 
 

@@ -33,6 +33,11 @@ class TaskBatch(NamedTuple):
     support_y: Tensor  # [T, S] class labels, or [T, S, D] regression targets
     query_x: Tensor  # [T, Q, ...]
     query_y: Tensor  # [T, Q] or [T, Q, D]
+    keys: Tensor | None = None  # int64 [T], of (seed, split, step, slot): what training draws at random comes from them
+
+    def tasks(self, which: slice | Tensor) -> TaskBatch:
+        """The tasks at some positions."""
+        return TaskBatch(*(None if part is None else part[which] for part in self))  # type: ignore[arg-type]
 
 
 class Objective(Protocol):
@@ -73,9 +78,9 @@ class TaskModel(Protocol):
     """A network whose parameters and inputs carry a leading task axis."""
 
     cpu_task_chunk: int | None  # tasks at once that are fastest on CPU, as measured; None: as many as there are
-    batching: str | None  # "loop" or "vmap" over tasks, "auto" until that is chosen; None: it is batched by itself
     kernel: str  # what it computes with, and how precisely: see `pipeline.kernels`
     precision: str
+    stochastic: bool  # whether passes that are given keys draw random numbers (dropout)
 
     def init(self, seed: int) -> Params:
         """Fresh meta-parameters (no task axis), a pure function of `seed`."""
@@ -93,12 +98,14 @@ class TaskModel(Protocol):
         statistics: Statistics | None = None,
         observe: bool = False,
         low_precision: bool = False,
+        keys: Tensor | None = None,
     ) -> tuple[Tensor, Statistics]:
         """Parameters [T, ...] and x [T, N, ...] -> outputs [T, N, num_outputs] and normalization statistics.
 
         With `statistics` None each task is normalized by the batch statistics of its own `x`; otherwise by the
         given ones. `observe` returns the batch statistics of this pass (differentiable); else the dict is empty.
         `low_precision` permits activations in bfloat16 where the model was built for it.
+        `keys` (int64 [T]) are a training pass's own: the same keys, the same random numbers. None: nothing is random.
         """
         ...
 

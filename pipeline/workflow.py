@@ -76,9 +76,10 @@ def train(
         try:
             with log.system_metrics(), _following(run, log, observe, say):
                 launch.run_workers(exp, run)
-            log.tags({f"plan.{name}": str(value) for name, value in run.read()["plan"].items()})
+            plan = Plan(**run.read()["plan"])
+            log.tags({f"plan.{name}": str(value) for name, value in plan._asdict().items()})
             parts = experiments.build(exp, device=launch.default_device())
-            parts.model.batching = run.read()["plan"]["batching"]
+            plan.use_batching(parts.model)
             test = evaluate_run(exp, run, parts, log, data_digest)
             registration = None
             if exp.tracking.register_model:
@@ -224,7 +225,6 @@ def evaluate_run(exp: Experiment, run: RunFolder, parts: Components, log: RunLog
         log.artifacts(folder, "evaluation")
     log.summary(summarize(test, "test"), step=exp.training.steps)
     log.tags({"checkpoint.best_step": str(step), "checkpoint.folder": str(run.checkpoints.path(step))})
-    log.tags({key: str(value) for key, value in run.read().items() if key in ("kernel", "precision")})
     return test
 
 

@@ -22,12 +22,12 @@ from pipeline.types import Params
 
 
 class InnerStep(Protocol):
-    def __call__(self, state: Params, learned: Params, *, create_graph: bool) -> Params:
+    def __call__(self, state: Params, learned: Params, step: int, *, create_graph: bool) -> Params:
         """The new `state`, with the same names and shapes.
 
         state: what steps change: adapted parameters, momentum. learned: what they only use: rates. Every tensor that
-        the meta-gradient should reach must be in one of them. create_graph: of the inner gradient; without it the
-        inner gradient counts as a constant (first order).
+        the meta-gradient should reach must be in one of them. step: 0, 1, … create_graph: of the inner gradient;
+        without it the inner gradient counts as a constant (first order).
         """
         ...
 
@@ -47,16 +47,16 @@ def unroll(
     is.
     """
     learned = learned or {}
-    for _ in range(steps):
+    for number in range(steps):
         if recompute and not first_order:
-            state = _recomputed(step, state, learned)
+            state = _recomputed(step, number, state, learned)
         else:
-            state = step(state, learned, create_graph=not first_order)
+            state = step(state, learned, number, create_graph=not first_order)
     return state
 
 
-def _recomputed(step: InnerStep, state: Params, learned: Params) -> Params:
-    values = _RecomputedStep.apply(step, list(state), list(learned), *state.values(), *learned.values())
+def _recomputed(step: InnerStep, number: int, state: Params, learned: Params) -> Params:
+    values = _RecomputedStep.apply(step, number, list(state), list(learned), *state.values(), *learned.values())
     return dict(zip(state, values, strict=True))
 
 
@@ -64,8 +64,10 @@ class _RecomputedStep(Function):
     """One step, of which the inputs and the state of the random generators are kept. Differentiable once."""
 
     @staticmethod
-    def forward(ctx: Any, step: InnerStep, names: list[str], learned_names: list[str], *values: Tensor) -> Any:
-        ctx.step, ctx.names, ctx.learned_names = step, names, learned_names
+    def forward(
+        ctx: Any, step: InnerStep, number: int, names: list[str], learned_names: list[str], *values: Tensor
+    ) -> Any:
+        ctx.step, ctx.number, ctx.names, ctx.learned_names = step, number, names, learned_names
         ctx.random = _random_state(values)
         ctx.save_for_backward(*values)
         with torch.enable_grad():
@@ -82,13 +84,13 @@ class _RecomputedStep(Function):
             reached = [(value, v) for value, v in reached if value.requires_grad]
             outputs, vectors = zip(*reached, strict=True)
             grads = torch.autograd.grad(outputs, inputs, vectors, allow_unused=True)
-        return None, None, None, *grads
+        return None, None, None, None, *grads
 
 
 def _run(ctx: Any, inputs: list[Tensor], *, create_graph: bool) -> Params:
     state = dict(zip(ctx.names, inputs, strict=False))
     learned = dict(zip(ctx.learned_names, inputs[len(ctx.names) :], strict=True))
-    return ctx.step(state, learned, create_graph=create_graph)
+    return ctx.step(state, learned, ctx.number, create_graph=create_graph)
 
 
 def _random_state(values: tuple[Tensor, ...]) -> tuple[Tensor, dict[torch.device, Tensor]]:

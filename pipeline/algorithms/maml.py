@@ -20,6 +20,7 @@ from torch import Tensor
 
 from pipeline.algorithms import inner_steps
 from pipeline.config import Section
+from pipeline.keys import pass_keys
 from pipeline.types import (
     Adapted,
     MetaGradient,
@@ -105,19 +106,26 @@ class MAML:
         tasks = len(batch.support_x)
         support, query = self.model.prepare(batch.support_x), self.model.prepare(batch.query_x)
         with torch.enable_grad():
-            params = _per_task(meta_params, tasks)
+            keys = batch.keys if self.model.stochastic else None
+            *of_steps, on_support, on_query = pass_keys(keys, config.adaptation_steps + 2)
             params = inner_steps.unroll(
-                lambda params, _, *, create_graph: self._inner_step(
-                    params, support, batch.support_y, None, create_graph=create_graph
+                lambda params, _, step, *, create_graph: self._inner_step(
+                    params, support, batch.support_y, None, create_graph=create_graph, keys=of_steps[step]
                 ),
-                params,
+                _per_task(meta_params, tasks),
                 config.adaptation_steps,
                 first_order=config.first_order,
                 recompute=config.recompute_inner_steps,
             )
-            adapted = self._adapted(params, state.buffers, support, tasks, config.normalization == "inductive")
+            inductive = config.normalization == "inductive"
+            adapted = self._adapted(params, state.buffers, support, tasks, inductive, keys=on_support)
             outputs, observed = self.model.apply(
-                adapted.params, query, statistics=adapted.statistics, observe=self._running, low_precision=True
+                adapted.params,
+                query,
+                statistics=adapted.statistics,
+                observe=self._running,
+                low_precision=True,
+                keys=on_query,
             )
             losses = self.objective.loss(outputs, batch.query_y)  # [T]
             grads = torch.autograd.grad(losses.sum(), list(meta_params.values()))
@@ -141,19 +149,28 @@ class MAML:
         num_classes: int | None,
         *,
         create_graph: bool,
+        keys: Tensor | None = None,
     ) -> Params:
         """θ' = θ − α ∇L_support(θ) for every task at once (tasks are independent: the sum's gradient is each one's)."""
-        outputs, _ = self.model.apply(params, support)
+        outputs, _ = self.model.apply(params, support, keys=keys)
         losses = self.objective.loss(outputs[..., :num_classes], support_y)
         grads = torch.autograd.grad(losses.sum(), list(params.values()), create_graph=create_graph)
         return {k: v - self.config.inner_lr * g for (k, v), g in zip(params.items(), grads, strict=True)}
 
-    def _adapted(self, params: Params, buffers: Statistics, support: Any, tasks: int, inductive: bool) -> Adapted:
+    def _adapted(
+        self,
+        params: Params,
+        buffers: Statistics,
+        support: Any,
+        tasks: int,
+        inductive: bool,
+        keys: Tensor | None = None,
+    ) -> Adapted:
         if not inductive:
             return Adapted(params, None)
         if self._running and buffers:
             return Adapted(params, _per_task(buffers, tasks))
-        return Adapted(params, self.model.apply(params, support, observe=True)[1])
+        return Adapted(params, self.model.apply(params, support, observe=True, keys=keys)[1])
 
 
 def _per_task(params: Params, tasks: int) -> Params:

@@ -56,8 +56,8 @@ class Conv4Config(Section):
 class Conv4:
     """Parameters: `block{1..4}.conv.weight` [O, I, 3, 3], `block{1..4}.norm.weight` and `.bias` [O], and the head's."""
 
-    batching = None
     cpu_task_chunk = 4  # more tasks side by side leave the caches: tests/benchmarks/chunks.py
+    stochastic = False
 
     def __init__(
         self,
@@ -120,6 +120,7 @@ class Conv4:
         statistics: Statistics | None = None,
         observe: bool = False,
         low_precision: bool = False,
+        keys: Tensor | None = None,
     ) -> tuple[Tensor, Statistics]:
         """x [T, N, C, H, W], or what `prepare` made of it -> logits [T, N, num_outputs], observed statistics."""
         if isinstance(x, Tensor) and (self.kernel == "pure" or statistics is not None or observe):

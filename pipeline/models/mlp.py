@@ -42,9 +42,9 @@ class MLPConfig(Section):
 class MLP:
     """Parameters: `layer{i}.{weight,bias}`, `norm{i}.{weight,bias}` with normalization, `head.{weight,bias}`."""
 
-    batching = None
     cpu_task_chunk = None
     kernel, precision = "pure", "float32"
+    stochastic = False
 
     def __init__(
         self, config: MLPConfig, *, input_shape: tuple[int, ...], num_outputs: int, dtype: torch.dtype
@@ -80,6 +80,7 @@ class MLP:
         statistics: Statistics | None = None,
         observe: bool = False,
         low_precision: bool = False,
+        keys: Tensor | None = None,
     ) -> tuple[Tensor, Statistics]:
         """x [T, N, ...] -> outputs [T, N, num_outputs], observed statistics (empty without normalization)."""
         normalize = Normalizer(statistics, observe)

@@ -2,17 +2,20 @@
 
 The module is written for one task (inputs [N, ...]). Its BatchNorm layers are replaced by ones that take their
 statistics from the pass or from outside, so that a user's network gets the same transductive and inductive paths
-as the package's own. With vmap every derivative stays outside it (`apply = vmap(functional_call)`); an inner
-gradient inside vmap under an outer one outside it is silently wrong where normalization affines adapt.
+as the package's own; so are its dropout layers, whose masks come from keys. With vmap every derivative stays outside
+it (`apply = vmap(functional_call)`); an inner gradient inside vmap under an outer one outside it is silently wrong
+where normalization affines adapt.
+
+Which of the two is faster depends on the network and the machine, and vmap cannot batch every network:
+`pipeline/training/batching.py` verifies and measures them on the first batch.
 """
 
 from __future__ import annotations
 
-import copy
 import importlib
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,9 +29,12 @@ from pipeline import kernels
 from pipeline.config import Section
 from pipeline.errors import ConfigError
 from pipeline.kernels import Kernel, Precision
+from pipeline.keys import bits
+from pipeline.models.episode_layers import EpisodeBatchNorm, EpisodeDropout, with_episode_layers
 from pipeline.types import Params, Statistics
 
 Batching = Literal["auto", "loop", "vmap"]
+_ALWAYS_INSTALLED = ("torch", "torchvision")  # this package depends on them
 
 
 class ModuleConfig(Section):
@@ -39,8 +45,8 @@ class ModuleConfig(Section):
     folder: Path = Path(".")  # where the package lies, if it is not installed
     arguments: dict[str, Any] = Field(default_factory=dict)
     batching: Batching = "auto"
-    # auto: measured at the start of training, where both give the same meta-gradient (`training/plan.py`); elsewhere a
-    # loop, which any network can go through
+    # of tasks. auto: the faster one as measured on the first batch; vmap only where its meta-gradient is the loop's
+    dropout: bool = False  # in meta-training; the masks are a function of seed, outer step and episode
 
     def build(
         self,
@@ -65,7 +71,7 @@ class ModuleConfig(Section):
                 raise ConfigError(f"model.factory: {self.factory} returned {type(module).__name__}, not an nn.Module.")
             return module
 
-        model = ModuleModel(make, dtype=dtype, batching=self.batching)
+        model = ModuleModel(make, dtype=dtype, batching=self.batching, dropout=self.dropout)
         model.check(input_shape, num_outputs, name=self.factory)
         return model
 
@@ -73,9 +79,11 @@ class ModuleConfig(Section):
         """With an absolute folder: workers run in another one."""
         return self.model_copy(update={"folder": self.folder.absolute()})
 
-    def code_path(self) -> Path:
-        """The file or package folder that holds the factory, to keep with a registered model."""
+    def code_path(self) -> Path | None:
+        """The file or package folder with the factory, to keep with a registered model; None: installed anyway."""
         name = self.factory.partition(":")[0].partition(".")[0]
+        if name in _ALWAYS_INSTALLED:
+            return None
         _import(self.factory, self.folder)
         file = Path(str(sys.modules[name].__file__))
         return file.parent if file.name == "__init__.py" else file
@@ -94,47 +102,45 @@ def _import(path: str, folder: Path) -> Any:
         ) from error
 
 
-class EpisodeBatchNorm(nn.Module):
-    """BatchNorm whose statistics come from the pass (given is None) or from outside; it keeps no running ones."""
-
-    def __init__(self, original: nn.modules.batchnorm._BatchNorm) -> None:
-        super().__init__()
-        self.eps = original.eps
-        self.weight = original.weight
-        self.bias = original.bias
-        self.given: tuple[Tensor, Tensor] | None = None
-        self.observed: tuple[Tensor, Tensor] | None = None
-
-    def forward(self, x: Tensor) -> Tensor:
-        var, mean = torch.var_mean(x, dim=[0, *range(2, x.ndim)], correction=0)
-        self.observed = (mean, var)
-        if self.given is not None:
-            mean, var = self.given
-        broadcast = (1, -1) + (1,) * (x.ndim - 2)
-        normalized = (x - mean.view(broadcast)) * torch.rsqrt(var + self.eps).view(broadcast)
-        if self.weight is None:
-            return normalized
-        return normalized * self.weight.view(broadcast) + self.bias.view(broadcast)
-
-
 class ModuleModel:
     """Task-batched view of the modules that `make` returns. Parameters keep the module's own names.
 
-    batching: how tasks are batched (see `ModuleConfig`); may be set at any time. Buffers other than BatchNorm's are
-    constants; dropout is off.
+    Buffers other than BatchNorm's are constants. `stochastic`: with keys its dropout layers drop.
     """
 
-    cpu_task_chunk = None
+    cpu_task_chunk: int | None = None
     kernel, precision = "pure", "float32"
 
-    def __init__(self, make: Any, *, dtype: torch.dtype, batching: Batching = "auto") -> None:
+    def __init__(self, make: Any, *, dtype: torch.dtype, batching: Batching = "auto", dropout: bool = False) -> None:
+        """batching: loop or vmap; auto is the loop, which is always right, until one was chosen.
+
+        Raises ConfigError: dropout that cannot come from keys.
+        """
         self._make = make
         self._dtype = dtype
-        # eval: dropout would draw from the global generator, and answers would differ from call to call
-        self._module = _with_episode_norms(self._fresh(seed=0)).to(dtype).eval()
+        self._asked = batching
+        self.batching: Literal["loop", "vmap"] = "loop" if batching == "auto" else batching
+        # eval: what is not replaced would draw from the global generator, and answers would differ from call to call
+        self._module = with_episode_layers(self._fresh(seed=0), dropout=dropout).to(dtype).eval()
         self._norms = {n: m for n, m in self._module.named_modules() if isinstance(m, EpisodeBatchNorm)}
+        self._dropouts = [m for m in self._module.modules() if isinstance(m, EpisodeDropout) and m.p > 0]
+        self._recurrent = any(isinstance(m, nn.RNNBase) for m in self._module.modules())
+        self.stochastic = bool(self._dropouts)
+        self._keyed = dropout
         self._device = torch.device("cpu")
-        self.batching: Batching = batching
+
+    def candidates(self) -> tuple[Literal["loop", "vmap"], ...]:
+        """The ways of batching to choose from: one, where the configuration names it."""
+        return ("loop", "vmap") if self._asked == "auto" else (self._asked,)
+
+    @contextmanager
+    def in_dtype(self, dtype: torch.dtype) -> Iterator[None]:
+        """Compute with parameters and inputs of another floating dtype while the block runs."""
+        self._module.to(dtype)
+        try:
+            yield
+        finally:
+            self._module.to(self._dtype)
 
     def _fresh(self, seed: int) -> nn.Module:
         with torch.random.fork_rng(devices=[]):  # a module's constructor draws from the global generator
@@ -146,22 +152,37 @@ class ModuleModel:
         return {name: value.detach().clone() for name, value in module.named_parameters()}
 
     def check(self, input_shape: tuple[int, ...], num_outputs: int, *, name: str) -> None:
-        """Raises ConfigError where the module does not map [N, *input_shape] to [N, num_outputs]."""
+        """Raises ConfigError: the module does not map [N, *input_shape] to [N, num_outputs], or draws without keys."""
         x = torch.zeros(1, 2, *input_shape, dtype=self._dtype)
         params = {k: v.unsqueeze(0) for k, v in self.init(0).items()}
         try:
             with torch.no_grad():
-                shape = list(self.twin("loop").apply(params, x)[0].shape[1:])
+                shape = list(self.apply(params, x)[0].shape[1:])
+                draws = self._keyed and self._draws_without_keys(params, x)
         except (RuntimeError, ValueError, TypeError) as error:
             raise ConfigError(f"model.factory: {name} cannot take inputs {[2, *input_shape]}: {error}") from error
         if shape != [2, num_outputs]:
             raise ConfigError(
                 f"model.factory: {name} returns {shape} for two examples, the task needs {[2, num_outputs]}."
             )
+        if draws:
+            raise ConfigError(
+                f"model.dropout: in training {name} draws random numbers by other means than nn.Dropout, nn.Dropout1d, "
+                "2d or 3d and nn.MultiheadAttention (F.dropout, nn.AlphaDropout, stochastic depth), which cannot come "
+                "from keys. Write them as those modules, or set model.dropout: false."
+            )
 
-    def twin(self, batching: Batching, *, dtype: torch.dtype | None = None) -> ModuleModel:
-        """The same module, batched in another way or in another dtype."""
-        return ModuleModel(self._make, dtype=dtype or self._dtype, batching=batching)
+    def _draws_without_keys(self, params: Params, x: Tensor) -> bool:
+        """Whether the module in training mode uses the global generator."""
+        buffers = {name: buffer.clone() for name, buffer in self._module.named_buffers()}
+        with torch.random.fork_rng(devices=[]):
+            before = torch.get_rng_state()
+            self._module.train()
+            try:
+                self.apply(params, x)
+            finally:
+                self._module.eval().load_state_dict(buffers, strict=False)
+            return not torch.equal(before, torch.get_rng_state())
 
     def prepare(self, x: Tensor) -> Tensor:
         return x
@@ -174,29 +195,40 @@ class ModuleModel:
         statistics: Statistics | None = None,
         observe: bool = False,
         low_precision: bool = False,
+        keys: Tensor | None = None,
     ) -> tuple[Tensor, Statistics]:
         """x [T, N, ...] -> outputs [T, N, num_outputs], observed statistics."""
         if self._device != x.device:  # buffers follow the inputs; parameters come from outside
             self._module.to(x.device)
             self._device = x.device
-        if self.batching == "vmap":
-            in_dims = (0, 0, None if statistics is None else 0)
-            outputs, observed = vmap(self._one_task, in_dims=in_dims, randomness="error")(params, x, statistics)
-            return outputs, observed if observe else {}
-        results = []
-        for task in range(len(x)):
-            given = None if statistics is None else {k: v[task] for k, v in statistics.items()}
-            results.append(self._one_task({k: v[task] for k, v in params.items()}, x[task], given))
+        keys = keys if self.stochastic else None
+        with _twice_differentiable(recurrent_on_gpu=self._recurrent and x.is_cuda):
+            if self.batching == "vmap":
+                in_dims = (0, 0, None if statistics is None else 0, None if keys is None else 0)
+                one_task = vmap(self._one_task, in_dims=in_dims, randomness="error")
+                outputs, observed = one_task(params, x, statistics, keys)
+                return outputs, observed if observe else {}
+            results = []
+            for task in range(len(x)):
+                given = None if statistics is None else {k: v[task] for k, v in statistics.items()}
+                key = None if keys is None else keys[task]
+                results.append(self._one_task({k: v[task] for k, v in params.items()}, x[task], given, key))
         outputs = torch.stack([output for output, _ in results])
         if not observe:
             return outputs, {}
         return outputs, {k: torch.stack([observed[k] for _, observed in results]) for k in results[0][1]}
 
-    def _one_task(self, params: Params, x: Tensor, statistics: Statistics | None) -> tuple[Tensor, Statistics]:
+    def _one_task(
+        self, params: Params, x: Tensor, statistics: Statistics | None, key: Tensor | None
+    ) -> tuple[Tensor, Statistics]:
         for name, norm in self._norms.items():
             norm.given = None if statistics is None else (statistics[f"{name}.mean"], statistics[f"{name}.var"])
-        with _twice_differentiable():
-            output = functional_call(self._module, params, (x,))
+        layers = len(self._dropouts)
+        for dropout, layer_key in zip(
+            self._dropouts, [None] * layers if key is None else bits(key, layers), strict=True
+        ):
+            dropout.start(layer_key)
+        output = functional_call(self._module, params, (x,))
         observed: Statistics = {}
         for name, norm in self._norms.items():
             assert norm.observed is not None, f"{name} was not used in the forward pass"
@@ -206,23 +238,16 @@ class ModuleModel:
 
 
 @contextmanager
-def _twice_differentiable() -> Iterator[None]:
-    """The attention kernels that have a second derivative; under vmap the others would not see that they need one."""
-    before = torch.backends.mha.get_fastpath_enabled()
-    torch.backends.mha.set_fastpath_enabled(False)
-    try:
-        with sdpa_kernel(SDPBackend.MATH):
-            yield
-    finally:
-        torch.backends.mha.set_fastpath_enabled(before)
+def _twice_differentiable(*, recurrent_on_gpu: bool) -> Iterator[None]:
+    """Only kernels that second-order gradients go through, and that vmap can batch, while the block runs.
 
-
-def _with_episode_norms(module: nn.Module) -> nn.Module:
-    module = copy.deepcopy(module)
-    if isinstance(module, nn.modules.batchnorm._BatchNorm):
-        return EpisodeBatchNorm(module)
-    for name, child in module.named_modules():
-        if isinstance(child, nn.modules.batchnorm._BatchNorm):
-            parent, _, attribute = name.rpartition(".")
-            setattr(module.get_submodule(parent), attribute, EpisodeBatchNorm(child))
-    return module
+    Flash attention and cuDNN's recurrent layers have no second derivative; the inference path of PyTorch's transformer
+    layers has none at all, and is taken inside vmap even where gradients are asked for.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        stack.callback(torch.backends.mha.set_fastpath_enabled, torch.backends.mha.get_fastpath_enabled())
+        torch.backends.mha.set_fastpath_enabled(False)
+        if recurrent_on_gpu:
+            stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+        yield

@@ -153,6 +153,7 @@ class ImageTasks:
             support_y=self._labels(support),
             query_x=self._inputs(query),
             query_y=self._labels(query),
+            keys=indices.keys,
         )
 
     def _inputs(self, images: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ class EpisodeIndices(NamedTuple):
     support: Tensor  # int64 [T, W, K], example numbers within the class
     query: Tensor  # int64 [T, W, Q], disjoint from the support's
     turns: Tensor  # int64 [T, W], quarter turns drawn per class and task (zeros where not asked for)
+    keys: Tensor  # int64 [T], the episodes' own, for whatever else is drawn for them
 
 
 def draw_without_replacement(u: Tensor, population: Tensor | int) -> Tensor:
@@ -73,4 +74,4 @@ def sample_indices(
         turns = keys.below(keys.uniform(keys.fold(episode, _TURNS), n_way), 4)
     else:
         turns = torch.zeros_like(classes)
-    return EpisodeIndices(classes, examples[..., :k_shot], examples[..., k_shot:], turns)
+    return EpisodeIndices(classes, examples[..., :k_shot], examples[..., k_shot:], turns, episode)

@@ -66,7 +66,7 @@ class SinusoidTasks:
         x = _scale(u[:, 2:], INPUT).unsqueeze(-1)
         y = amplitude * torch.sin(x - phase)
         x, y = x.to(self.dtype), y.to(self.dtype)
-        return TaskBatch(x[:, :n_support], y[:, :n_support], x[:, n_support:], y[:, n_support:])
+        return TaskBatch(x[:, :n_support], y[:, :n_support], x[:, n_support:], y[:, n_support:], key)
 
 
 def _scale(u: Tensor, limits: tuple[float, float]) -> Tensor:

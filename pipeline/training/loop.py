@@ -46,14 +46,12 @@ def train(context: Context, experiment: Experiment, run: RunFolder) -> None:
     keep_freed_memory()
     torch.set_num_threads(experiment.training.cpus_per_worker)
     parts = experiments.build(experiment, device=context.device)
-    if context.rank == 0:
-        run.update(kernel=parts.model.kernel, precision=parts.model.precision)
     state = _initial_state(experiment, parts, context.device)
     latest = run.checkpoints.latest()
     if latest is not None:
         run.checkpoints.restore(state, latest, context.device)
     total = experiment.training.steps
-    state.plan = _plan(context, experiment, parts, state)
+    state.plan = _plan(context, experiment, parts, state, run)
     if context.rank == 0:
         run.update(plan=state.plan._asdict())
     with _written(run, state), _journal(context, run, state) as journal:
@@ -117,20 +115,23 @@ def _initial_state(experiment: Experiment, parts: Components, device: torch.devi
     return TrainState(step=0, meta=MetaState(params, meta.buffers), optimizer=optimizer)
 
 
-def _plan(context: Context, experiment: Experiment, parts: Components, state: TrainState) -> Plan:
-    """The checkpoint's plan, or a new one."""
-    if state.plan is not None:
-        return plans.resumed(context, state.plan, parts.model)
+def _plan(context: Context, experiment: Experiment, parts: Components, state: TrainState, run: RunFolder) -> Plan:
+    """The checkpoint's plan, or that of an attempt that ended before its first checkpoint, or a new one."""
+    earlier = run.read().get("plan")
+    known = state.plan or (Plan(**earlier) if earlier else None)
+    if known is not None:
+        return plans.resumed(context, known, parts.model)
 
     def draw(tasks: int) -> TaskBatch:
         return parts.family.sample("meta_train", 0, torch.arange(tasks), seed=experiment.seed)
 
     return plans.choose(
         context,
-        lambda model: experiment.algorithm.build(model=model, objective=parts.family.objective),
+        parts.algorithm,
         parts.model,
         state.meta,
         draw,
+        share=len(slots_of_rank(context, experiment.training.meta_batch_size)),
         chunk=experiments.task_chunk(experiment, parts, context.device),
         memory=experiment.training.memory_bytes,
     )

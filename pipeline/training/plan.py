@@ -7,9 +7,6 @@ undisturbed one to rounding, no longer bit for bit.
 
 from __future__ import annotations
 
-import logging
-import math
-import time
 import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -20,15 +17,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from pipeline.errors import ConfigError
+from pipeline.models.module import ModuleModel
+from pipeline.training import batching
 from pipeline.training.context import Context
 from pipeline.types import Algorithm, MetaState, TaskBatch, TaskModel
 
-logger = logging.getLogger(__name__)
-
 KERNELS = ("pure", "closed", "native")  # what one rank can use, the others can too: up to the least of all ranks
 PRECISIONS = ("float32", "mixed")
-TRIALS, TRIAL_TASKS = 3, 8  # of the loop and of vmap in turn; tasks where a whole share is wanted at once
-SAME = 1e-8  # relative difference of two right meta-gradients in float64, with room for ill-conditioned networks
 OF_FREE_MEMORY = 0.9  # of a GPU: the rest is for the all-reduce, the optimizer and fragmentation
 
 
@@ -37,63 +32,93 @@ class Plan(NamedTuple):
 
     kernel: str
     precision: str
-    batching: str | None  # of a generic module; None: the model is batched by itself
+    batching: str | None  # of any nn.Module's tasks, "loop" or "vmap"; None: the model is batched by itself
     chunk: int | None  # tasks adapted at once on a rank; None: all of its share
+    reason: str = ""  # of the batching, for the user
 
     def __str__(self) -> str:
-        how = f"{self.kernel} kernels" if self.batching is None else f"a {self.batching} over tasks"
+        if self.reason:
+            return self.reason
         tasks = "all tasks of a worker at once" if self.chunk is None else f"{self.chunk} tasks at once"
-        return f"{how}, {self.precision}, {tasks}"
+        return f"{self.kernel} kernels, {self.precision}, {tasks}"
+
+    def use_batching(self, model: TaskModel) -> None:
+        """Batch any nn.Module's tasks so."""
+        if isinstance(model, ModuleModel) and self.batching is not None:
+            model.batching = self.batching  # type: ignore[assignment]
+            model.cpu_task_chunk = self.chunk
 
 
 def choose(
     context: Context,
-    build: Callable[[TaskModel], Algorithm],
+    algorithm: Algorithm,
     model: TaskModel,
     state: MetaState,
     draw: Callable[[int], TaskBatch],
     *,
+    share: int,
     chunk: int | None,
     memory: int | None,
 ) -> Plan:
     """The plan of a new run.
 
-    build: the algorithm over a model. draw: gives a batch of so many tasks to measure with. chunk: the most tasks that
-    are wanted at once (None: a rank's whole share). memory: bytes that one worker's step may take; None: no limit on a
-    CPU, what is free on a GPU.
+    draw: gives a batch of so many tasks to measure with. share: tasks of a rank. chunk: the most of them that are
+    wanted at once (None: all). memory: bytes that one worker's step may take; None: no limit on a CPU, what is free on a
+    GPU.
 
     Raises ConfigError, on every rank: one task needs more than `memory`.
     """
     kernel = _least(context, KERNELS, model.kernel)
     precision = _least(context, PRECISIONS, model.precision)
     model.kernel, model.precision = kernel, precision
-    if model.batching == "auto":
-        vmap = context.rank == 0 and _vmap_pays(build, model, state, draw, chunk)
-        model.batching = "vmap" if _told(context, [float(vmap)])[0] else "loop"
+    plan = Plan(kernel, precision, None, chunk)
+    if isinstance(model, ModuleModel):
+        plan = _with_batching(plan, context, algorithm, model, state, draw, share)
     budget = memory
     if budget is None and context.device.type == "cuda":
         budget = int(OF_FREE_MEMORY * torch.cuda.mem_get_info(context.device)[0])
     if budget is None:
-        return Plan(kernel, precision, model.batching, chunk)
+        return plan
     one = fits = 0
     if context.rank == 0:
-        one, each = _cost(build(model), state, draw, context.device)
-        fits = 0 if one > budget else min(1 + (budget - one) // max(each, 1), chunk or 2**31)
+        one, each = _cost(algorithm, state, draw, context.device)
+        fits = 0 if one > budget else min(1 + (budget - one) // each, plan.chunk or share)
     one, fits = (int(number) for number in _told(context, [one, fits]))
     if fits == 0:
         raise ConfigError(
             f"training.memory_budget: one task takes {_megabytes(one)}, the budget is {_megabytes(budget)}. Raise it, "
             "or set algorithm.recompute_inner_steps: true, or take fewer queries or a smaller model."
         )
-    return Plan(kernel, precision, model.batching, fits)
+    return plan._replace(chunk=fits)
 
 
 def resumed(context: Context, plan: Plan, model: TaskModel) -> Plan:
     """A checkpoint's plan, with the kernels that every rank of this group still has."""
     kernel = _least(context, KERNELS, min(plan.kernel, model.kernel, key=KERNELS.index))
     precision = _least(context, PRECISIONS, min(plan.precision, model.precision, key=PRECISIONS.index))
-    model.kernel, model.precision, model.batching = kernel, precision, plan.batching
+    model.kernel, model.precision = kernel, precision
+    plan.use_batching(model)
     return plan._replace(kernel=kernel, precision=precision)
+
+
+def _with_batching(
+    plan: Plan,
+    context: Context,
+    algorithm: Algorithm,
+    model: ModuleModel,
+    state: MetaState,
+    draw: Callable[[int], TaskBatch],
+    share: int,
+) -> Plan:
+    """Rank 0's choice; its reason is on rank 0 only."""
+    told, reason = [0.0, 0.0], ""
+    if context.rank == 0:
+        choice = batching.choose(algorithm, model, state, draw(share), step=0, chunk=plan.chunk)
+        told, reason = [float(choice.batching == "vmap"), float(choice.chunk or 0)], choice.line
+    by_vmap, chunk = _told(context, told)
+    plan = plan._replace(batching="vmap" if by_vmap else "loop", chunk=int(chunk) or None, reason=reason)
+    plan.use_batching(model)
+    return plan
 
 
 def _least(context: Context, names: tuple[str, ...], ours: str) -> str:
@@ -109,69 +134,6 @@ def _told(context: Context, numbers: list[float], *, rank_0: bool = True) -> lis
         mine.zero_()
     context.all_reduce(mine)
     return mine.tolist()
-
-
-# a generic module's tasks: by a loop or by vmap
-
-
-def _vmap_pays(
-    build: Callable[[TaskModel], Algorithm],
-    model: TaskModel,
-    state: MetaState,
-    draw: Callable[[int], TaskBatch],
-    chunk: int | None,
-) -> bool:
-    """Whether vmap gives the loop's meta-gradient, and sooner. Says so where it cannot be used."""
-    reason = why_not_vmap(build, model, state, draw(2))
-    if reason:
-        logger.warning("tasks are batched by a loop: vmap %s", reason)
-        return False
-    batch = draw(chunk or TRIAL_TASKS)
-    learners = [build(model.twin(batching)) for batching in ("loop", "vmap")]  # type: ignore[attr-defined]
-    seconds = [math.inf, math.inf]
-    for _ in range(TRIALS):
-        for i, learner in enumerate(learners):
-            seconds[i] = min(seconds[i], _seconds(lambda learner=learner: learner.meta_grad(state, batch, step=0)))  # type: ignore[misc]
-    return seconds[1] < seconds[0]
-
-
-def why_not_vmap(
-    build: Callable[[TaskModel], Algorithm], model: TaskModel, state: MetaState, batch: TaskBatch
-) -> str | None:
-    """None where vmap's meta-gradient of `batch` is the loop's, in float64; else what is wrong with it.
-
-    In float64, since in float32 two right ones may differ by 1e-3: the meta-gradient jumps where a ReLU changes sign.
-    """
-    double = MetaState(_double(state.params), _double(state.buffers))
-    batch = TaskBatch(*(part.double() if part.is_floating_point() else part for part in batch))
-    loop, vmap = (build(model.twin(batching, dtype=torch.float64)) for batching in ("loop", "vmap"))  # type: ignore[attr-defined]
-    expected = loop.meta_grad(double, batch, step=0).grads
-    try:
-        found = vmap.meta_grad(double, batch, step=0).grads
-    except Exception as error:  # whatever a module does that vmap cannot: the loop can
-        return f"cannot take this network ({(str(error).strip().splitlines() or [type(error).__name__])[0]})"
-    size = max(float(value.norm()) for value in expected.values())
-    wrong = max(float((found[name] - value).norm()) for name, value in expected.items())
-    if not wrong <= SAME * size:
-        return f"gives another meta-gradient than a loop (relative difference {wrong / size:.1e})"
-    return None
-
-
-def _double(values: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value.detach().double() for name, value in values.items()}
-
-
-def _seconds(work: Callable[[], Any]) -> float:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    began = time.perf_counter()
-    work()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - began
-
-
-# memory
 
 
 def _cost(

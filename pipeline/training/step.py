@@ -36,7 +36,7 @@ def split_tasks(batch: TaskBatch, chunk: int | None) -> Iterator[TaskBatch]:
     """The batch in pieces of at most `chunk` tasks (None: in one)."""
     tasks = len(batch.support_x)
     for start in range(0, tasks, chunk or tasks):
-        yield TaskBatch(*(part[start : start + (chunk or tasks)] for part in batch))
+        yield batch.tasks(slice(start, start + (chunk or tasks)))
 
 
 def global_gradient(

@@ -57,6 +57,9 @@ def test_shapes_and_types(family: TaskFamily, split: Any) -> None:
         assert y.shape[:2] == x.shape[:2]
         assert x.dtype == torch.float32
         assert bool(x.isfinite().all())
+    assert batch.keys is not None
+    assert batch.keys.dtype == torch.int64
+    assert len(batch.keys.unique()) == 5
     outputs = torch.zeros(5, batch.query_y.shape[1], family.num_outputs)
     assert family.objective.loss(outputs, batch.query_y).shape == (5,)
     assert family.objective.score(outputs, batch.query_y).shape == (5,)

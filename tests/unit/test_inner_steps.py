@@ -34,18 +34,18 @@ def gradients(state: Params, create_graph: bool, **how: float) -> Params:
     return dict(zip(WEIGHTS, found, strict=True))
 
 
-def sgd(state: Params, learned: Params, *, create_graph: bool) -> Params:
+def sgd(state: Params, learned: Params, number: int, *, create_graph: bool) -> Params:
     """Meta-SGD: a learned rate for every parameter."""
     grads = gradients(state, create_graph)
     return {name: state[name] - learned[name] * grads[name] for name in WEIGHTS}
 
 
-def with_dropout(state: Params, learned: Params, *, create_graph: bool) -> Params:
+def with_dropout(state: Params, learned: Params, number: int, *, create_graph: bool) -> Params:
     grads = gradients(state, create_graph, dropout=0.5)
     return {name: state[name] - learned[name] * grads[name] for name in WEIGHTS}
 
 
-def momentum(state: Params, learned: Params, *, create_graph: bool) -> Params:
+def momentum(state: Params, learned: Params, number: int, *, create_graph: bool) -> Params:
     grads = gradients(state, create_graph)
     velocity = {name: learned["momentum"] * state[f"v.{name}"] + grads[name] for name in WEIGHTS}
     return {name: state[name] - learned[name] * velocity[name] for name in WEIGHTS} | {
@@ -53,7 +53,7 @@ def momentum(state: Params, learned: Params, *, create_graph: bool) -> Params:
     }
 
 
-def adam(state: Params, learned: Params, *, create_graph: bool) -> Params:
+def adam(state: Params, learned: Params, number: int, *, create_graph: bool) -> Params:
     grads = gradients(state, create_graph)
     new: Params = {}
     for name in WEIGHTS:

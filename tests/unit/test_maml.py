@@ -20,6 +20,8 @@ DIMENSION = 3
 class Point:
     """A model whose output is its parameter: with a squared loss, a quadratic in the parameters."""
 
+    stochastic = False
+
     def init(self, seed: int) -> Params:
         generator = torch.Generator().manual_seed(seed)
         return {"theta": torch.randn(DIMENSION, generator=generator, dtype=torch.float64)}
@@ -35,6 +37,7 @@ class Point:
         statistics: Statistics | None = None,
         observe: bool = False,
         low_precision: bool = False,
+        keys: Tensor | None = None,
     ) -> tuple[Tensor, Statistics]:
         return params["theta"].unsqueeze(1), {}
 
@@ -111,7 +114,7 @@ def test_conv4_meta_gradient_agrees_with_a_sequential_reference(
     leaves = {k: v.clone().requires_grad_() for k, v in state.params.items()}
     total = torch.zeros((), dtype=torch.float64)
     for task in range(3):
-        support_x, support_y, query_x, query_y = (part[task] for part in batch)
+        support_x, support_y, query_x, query_y = (part[task] for part in batch[:4])
         params = leaves
         for _ in range(2):
             loss = F.cross_entropy(reference_conv4(params, support_x, downsample, None)[0], support_y)
