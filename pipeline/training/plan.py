@@ -63,7 +63,7 @@ def choose(
     """The plan of a new run.
 
     draw: gives a batch of so many tasks to measure with. share: tasks of a rank. chunk: the most of them that are
-    wanted at once (None: all). memory: bytes that one worker's step may take; None: no limit on a CPU, what is free on a
+    wanted at once (None: all). memory: bytes that a worker's step may take; None: no limit on a CPU, what is free on a
     GPU.
 
     Raises ConfigError, on every rank: one task needs more than `memory`.

@@ -20,6 +20,7 @@ from pipeline.training import journal
 from pipeline.training.context import Context, run_processes
 from pipeline.training.evaluate import SELECTION_SEED, evaluate
 from pipeline.training.loop import train_worker
+from pipeline.training.plan import Plan
 from pipeline.training.step import global_gradient, slots_of_rank
 from pipeline.types import MetaState
 from tests.faults import (
@@ -193,12 +194,6 @@ def test_all_ranks_compute_as_the_least_of_them_can(tiny_data: Path, tmp_path: P
     exp = wide("small", task_chunk=4, kernel="auto")
     run = open_run(exp)
     run_processes(with_a_small_gpu, exp.to_dict(), str(run.path), num_workers=2)
-    assert run.checkpoints.load(6)["plan"] == {
-        "kernel": "closed",
-        "precision": "float32",
-        "batching": None,
-        "chunk": 2,
-        "reason": "",
-    }
+    assert run.checkpoints.load(6)["plan"] == Plan("closed", "float32", None, 2)._asdict()
     assert [record.get("task_chunk") for record in journal.read(run.journal)] == [2.0] + 5 * [None]
     assert difference(final_params(run), final_params(expected)) <= 1e-10

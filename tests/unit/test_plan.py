@@ -60,13 +60,7 @@ def test_the_chunk_is_the_largest_within_the_budget(tiny_data: Path, tmp_path: P
 
     assert peak(chunk) <= exp.training.memory_bytes == 2**19
     assert peak(chunk + 2) > 2**19, "less than the budget allows, but for rounding"
-    assert run.read()["plan"] == {
-        "kernel": "closed",
-        "precision": "float32",
-        "batching": None,
-        "chunk": chunk,
-        "reason": "",
-    }
+    assert run.read()["plan"] == Plan("closed", "float32", None, chunk)._asdict()
 
 
 def test_no_more_tasks_than_are_wanted(tiny_data: Path, tmp_path: Path) -> None:
