@@ -47,11 +47,11 @@ def prepare(x: Tensor, *, stride: int) -> Images:
 
 def _patch_moments(padded: Tensor, stride: int) -> tuple[Tensor, Tensor]:
     """Padded images [N, C, H + 2, W + 2] -> mean [9·C] and covariance [9·C, 9·C] of their patches."""
-    patches = padded.unfold(2, 3, stride).unfold(3, 3, stride)  # [N, C, H', W', 3, 3]
+    pivot = padded.mean()  # a covariance does not see it; without it that of bright images would lose digits
+    patches = (padded - pivot).unfold(2, 3, stride).unfold(3, 3, stride)  # [N, C, H', W', 3, 3]
     patches = patches.permute(1, 4, 5, 0, 2, 3).reshape(9 * padded.shape[1], -1)
-    mean = patches.mean(dim=1, keepdim=True)
-    centered = patches - mean
-    return mean.squeeze(1), centered @ centered.T / patches.shape[1]
+    mean = patches.mean(dim=1)
+    return mean + pivot, patches @ patches.T / patches.shape[1] - torch.outer(mean, mean)
 
 
 def layout(x: Tensor) -> Tensor:

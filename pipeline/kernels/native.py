@@ -46,7 +46,7 @@ def why_not() -> str | None:
     """None once the library is loaded; else why it cannot be used here. Builds it where there is none yet."""
     try:
         torch.ops.load_library(str(_built()))
-    except (_CannotBuild, OSError) as error:
+    except (_CannotBuild, OSError, RuntimeError) as error:  # RuntimeError: nobody knows the home folder
         return str(error)
     return None
 

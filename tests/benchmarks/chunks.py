@@ -3,13 +3,14 @@
     python -m tests.benchmarks.chunks              # one thread
 
 Prints milliseconds per meta-gradient (16 tasks, 5-way 1-shot, second order, one inner step), the median of runs in
-turn, for chunks of 1 to 16 tasks.
+turn, for chunks of 1 to 16 tasks and each of conv4's kernels.
 """
 
 from __future__ import annotations
 
 import statistics
 import time
+from typing import Any
 
 import torch
 
@@ -26,17 +27,23 @@ TASKS, REPEATS, CHUNKS = 16, 5, (1, 2, 4, 8, 16)
 def main() -> None:
     torch.set_num_threads(1)
     keep_freed_memory()
-    print(f"torch {torch.__version__}\n\n| conv4 | queries | " + " | ".join(f"chunk {c}: ms" for c in CHUNKS) + " |")
-    print("|" + "---|" * (len(CHUNKS) + 2))
+    heads = ["conv4", "kernel", "queries", *(f"chunk {c}: ms" for c in CHUNKS)]
+    print(f"torch {torch.__version__}\n\n| " + " | ".join(heads) + " |\n|" + "---|" * len(heads))
     for downsample in ("stride", "max_pool"):
-        for queries in (5, 15):
-            times = [f"{1000 * statistics.median(t):.0f}" for t in _in_turn(downsample, queries)]
-            print(f"| {downsample} | {queries} | " + " | ".join(times) + " |", flush=True)
+        for kernel, precision in (("closed", "float32"), ("native", "float32"), ("native", "mixed")):
+            for queries in (5, 15):
+                times = _in_turn(downsample, kernel, precision, queries)
+                medians = [f"{1000 * statistics.median(t):.0f}" for t in times]
+                print(
+                    "| " + " | ".join([downsample, f"{kernel} {precision}", str(queries), *medians]) + " |", flush=True
+                )
 
 
-def _in_turn(downsample: str, queries: int) -> list[list[float]]:
+def _in_turn(downsample: str, kernel: Any, precision: Any, queries: int) -> list[list[float]]:
     config = Conv4Config(name="conv4", downsample=downsample)  # type: ignore[arg-type]
-    model = config.build(input_shape=(1, 28, 28), num_outputs=5, dtype=torch.float32)
+    model = config.build(
+        input_shape=(1, 28, 28), num_outputs=5, dtype=torch.float32, kernel=kernel, precision=precision
+    )
     maml = MAML(MAMLConfig(name="maml", inner_lr=0.4), model=model, objective=Classification())
     state = maml.init(0)
     labels = torch.arange(5).expand(TASKS, -1)
