@@ -112,7 +112,7 @@ class ImageTasks:
             self._members[split] = members
             self._counts[split] = counts[members]
         store = MappedImages if self.prefetch else DeviceImages
-        self._images: ImageStore = store(config.data, self.manifest, device)
+        self.images: ImageStore = store(config.data, self.manifest, device)
 
     def class_digests(self, split: Split) -> dict[str, str]:
         """sha256 of a class's images -> its name, for the classes of one part."""
@@ -144,7 +144,7 @@ class ImageTasks:
         turns = indices.turns if rotations == "per_class" else indices.classes // num_members
         classes = self._members[split][indices.classes % num_members]
         examples = torch.cat([indices.support, indices.query], dim=-1)  # [T, W, K + Q]
-        images = self._images.gather(classes, examples)  # uint8 [T, W, K + Q, C, H, W]
+        images = self.images.gather(classes, examples)  # uint8 [T, W, K + Q, C, H, W]
         if rotations != "none":
             images = rotate(images, turns[:, :, None, None, None, None])
         support, query = images[:, :, : config.k_shot], images[:, :, config.k_shot :]
