@@ -26,9 +26,8 @@ _PASSES = 0x706173736573  # no small number: those are the samplers' streams
 
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:
-    return (x >> bits).bitwise_and_(
-        (1 << (64 - bits)) - 1
-    )  # torch's >> keeps the sign; SplitMix wants zeros shifted in
+    shifted = x >> bits  # keeps the sign; SplitMix wants zeros shifted in
+    return shifted.bitwise_and_((1 << (64 - bits)) - 1)
 
 
 def _mix(x: Tensor) -> Tensor:
@@ -57,6 +56,13 @@ def make(*words: int, device: torch.device | str = "cpu") -> Tensor:
     for word in words:  # as `fold`
         key = _mix_word(_mix_word(key + _GOLDEN) ^ _mix_word(word + _MIX_1))
     return torch.full((), key, dtype=torch.int64, device=device)  # a fill: a copy to a GPU would wait for it
+
+
+def of_episodes(seed: int, split: int, step: int | Tensor, slots: Tensor) -> Tensor:
+    """The keys of episodes: int64, of the shape of step and slots broadcast against each other."""
+    if isinstance(step, int):
+        return fold(make(seed, split, step, device=slots.device), slots)
+    return fold(fold(make(seed, split, device=slots.device), step), slots)
 
 
 def bits(key: Tensor, n: int) -> Tensor:

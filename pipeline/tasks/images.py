@@ -19,8 +19,9 @@ from pipeline.config import Section
 from pipeline.errors import DataError
 from pipeline.storage import Address, absolute
 from pipeline.tasks import shards
+from pipeline.tasks.ahead import StepsAhead
 from pipeline.tasks.objectives import Classification
-from pipeline.tasks.sampler import sample_indices
+from pipeline.tasks.sampler import EpisodeIndices, sample_indices
 from pipeline.types import SPLITS, Split, TaskBatch
 
 
@@ -111,8 +112,9 @@ class ImageTasks:
             members = torch.tensor(self.manifest.members(config.split, split), device=device)
             self._members[split] = members
             self._counts[split] = counts[members]
+        self._indices = StepsAhead(self._draw, device)
         store = MappedImages if self.prefetch else DeviceImages
-        self._images: ImageStore = store(config.data, self.manifest, device)
+        self.images: ImageStore = store(config.data, self.manifest, device)
 
     def class_digests(self, split: Split) -> dict[str, str]:
         """sha256 of a class's images -> its name, for the classes of one part."""
@@ -125,26 +127,13 @@ class ImageTasks:
         Raises DataError: a shard that is damaged when it is read (memory-mapped sets).
         """
         config = self.config
-        counts = self._counts[split]
-        rotations = config.rotations if split == "meta_train" else "none"  # test tasks are the data set's own
-        if rotations == "new_classes":
-            counts = counts.repeat(4)
-        indices = sample_indices(
-            seed=seed,
-            split=split,
-            step=step,
-            slots=slots.to(self.device),
-            class_counts=counts,
-            n_way=config.n_way,
-            k_shot=config.k_shot,
-            n_query=config.queries_per_class(split),
-            turn_classes=rotations == "per_class",
-        )
+        indices = self._indices(split, step, slots, seed=seed)
+        rotations = self._rotations(split)
         num_members = len(self._members[split])
         turns = indices.turns if rotations == "per_class" else indices.classes // num_members
         classes = self._members[split][indices.classes % num_members]
         examples = torch.cat([indices.support, indices.query], dim=-1)  # [T, W, K + Q]
-        images = self._images.gather(classes, examples)  # uint8 [T, W, K + Q, C, H, W]
+        images = self.images.gather(classes, examples)  # uint8 [T, W, K + Q, C, H, W]
         if rotations != "none":
             images = rotate(images, turns[:, :, None, None, None, None])
         support, query = images[:, :, : config.k_shot], images[:, :, config.k_shot :]
@@ -154,6 +143,24 @@ class ImageTasks:
             query_x=self._inputs(query),
             query_y=self._labels(query),
             keys=indices.keys,
+        )
+
+    def _rotations(self, split: Split) -> str:
+        return self.config.rotations if split == "meta_train" else "none"  # test tasks are the data set's own
+
+    def _draw(self, split: Split, seed: int, steps: Tensor, slots: Tensor) -> EpisodeIndices:
+        counts = self._counts[split]
+        rotations = self._rotations(split)
+        return sample_indices(
+            seed=seed,
+            split=split,
+            step=steps,
+            slots=slots,
+            class_counts=counts.repeat(4) if rotations == "new_classes" else counts,
+            n_way=self.config.n_way,
+            k_shot=self.config.k_shot,
+            n_query=self.config.queries_per_class(split),
+            turn_classes=rotations == "per_class",
         )
 
     def _inputs(self, images: Tensor) -> Tensor:

@@ -51,7 +51,7 @@ def sample_indices(
     *,
     seed: int,
     split: Split,
-    step: int,
+    step: int | Tensor,
     slots: Tensor,
     class_counts: Tensor,
     n_way: int,
@@ -62,9 +62,10 @@ def sample_indices(
     """Draw the episodes of `slots` (int64 [T]) from classes with `class_counts` (int64 [C]) examples each.
 
     Classes are uniform, whatever their sizes. The caller has checked that there are `n_way` classes and that each
-    has at least `k_shot + n_query` examples. `turn_classes` draws a number of quarter turns per class and task.
+    has at least `k_shot + n_query` examples. With steps [B, 1] all that is returned has an axis B in front of T.
+    `turn_classes` draws a number of quarter turns per class and task.
     """
-    episode = keys.fold(keys.make(seed, SPLITS.index(split), step, device=slots.device), slots)  # [T]
+    episode = keys.of_episodes(seed, SPLITS.index(split), step, slots)  # [T]
     class_uniforms = keys.uniform(keys.fold(episode, _CLASSES), n_way)
     classes = draw_without_replacement(class_uniforms, len(class_counts))
     positions = torch.arange(n_way, device=slots.device)

@@ -8,7 +8,7 @@ Shapes: T tasks · S k_shot · Q n_query; x and y are [T, N, 1].
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from pydantic import Field
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pipeline import keys
 from pipeline.config import Section
+from pipeline.tasks.ahead import StepsAhead
 from pipeline.tasks.objectives import Regression
 from pipeline.types import SPLITS, Split, TaskBatch
 
@@ -41,6 +42,10 @@ class SinusoidConfig(Section):
         return f"sinusoid:A{AMPLITUDE}:phase{PHASE}:x{INPUT}"
 
 
+class _Uniforms(NamedTuple):
+    values: Tensor  # amplitude, phase, then an input for each point
+
+
 class SinusoidTasks:
     """Task family: the splits are independent draws of one distribution, as in the paper."""
 
@@ -54,13 +59,20 @@ class SinusoidTasks:
         self.description = {"family": config.family, "k_shot": config.eval_k_shot, "n_query": config.eval_n_query}
         self.device = device
         self.dtype = dtype
+        self._uniforms = StepsAhead(self._draw, device)
+
+    def _sizes(self, split: Split) -> tuple[int, int]:
+        """Support and query points of a task."""
+        config = self.config
+        return (config.k_shot, config.n_query) if split == "meta_train" else (config.eval_k_shot, config.eval_n_query)
+
+    def _draw(self, split: Split, seed: int, steps: Tensor, slots: Tensor) -> _Uniforms:
+        key = keys.of_episodes(seed, SPLITS.index(split), steps, slots)
+        return _Uniforms(keys.uniform(key, 2 + sum(self._sizes(split))))
 
     def sample(self, split: Split, step: int, slots: Tensor, *, seed: int) -> TaskBatch:
-        training = split == "meta_train"
-        n_support = self.config.k_shot if training else self.config.eval_k_shot
-        n_query = self.config.n_query if training else self.config.eval_n_query
-        key = keys.fold(keys.make(seed, SPLITS.index(split), step, device=self.device), slots.to(self.device))
-        u = keys.uniform(key, 2 + n_support + n_query)  # [T, 2 + S + Q]
+        n_support, _ = self._sizes(split)
+        u = self._uniforms(split, step, slots, seed=seed).values  # [T, 2 + S + Q]
         amplitude = _scale(u[:, :1], AMPLITUDE).unsqueeze(-1)
         phase = _scale(u[:, 1:2], PHASE).unsqueeze(-1)
         x = _scale(u[:, 2:], INPUT).unsqueeze(-1)

@@ -152,6 +152,9 @@ class Bench:
         known = {k: v for k, v in settings.items() if k in TrainingConfig.model_fields or PLAIN.get(k) != v}
         experiment = self.case.experiment(self.data, dtype, known)
         parts = experiments.build(experiment, device=self.device)
+        for key in ("kernel", "precision"):
+            if getattr(parts.model, key, known.get(key)) != known.get(key, getattr(parts.model, key, None)):
+                raise NotImplementedError(f"this machine computes with {getattr(parts.model, key)} instead")
         batch = parts.family.sample("meta_train", 0, torch.arange(self.case.tasks), seed=0)
         state = MetaState({name: value.requires_grad_() for name, value in self._params(parts).items()}, {})
         context = LocalContext(self.device)

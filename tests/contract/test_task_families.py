@@ -76,6 +76,26 @@ def test_an_episode_depends_on_seed_split_step_and_slot_only(family: TaskFamily)
     torch.random.set_rng_state(before)
 
 
+def test_episodes_of_steps_in_a_row_are_those_of_each_step(family: TaskFamily) -> None:
+    """A family may draw several steps at once; whatever is asked for in between, or again, changes no episode."""
+    slots, others = torch.tensor([3, 0, 8]), torch.tensor([1, 2])
+    asked: list[tuple[Any, int, torch.Tensor, int]] = [("meta_train", step, slots, 0) for step in range(5, 10)]
+    asked += [("meta_val", 10, slots, 0), ("meta_train", 10, slots, 0), ("meta_train", 11, others, 0)]
+    asked += [("meta_train", 11, slots, 1), ("meta_train", 12, slots, 1), ("meta_train", 13, slots, 1)]
+    asked += [("meta_train", 4000, slots, 1), ("meta_train", 4001, slots, 1), ("meta_train", 12, slots, 1)]
+    for split, step, numbers, seed in asked:
+        alone = TaskBatch(
+            *(torch.stack(part) for part in zip(*(one(family, split, step, s, seed) for s in numbers), strict=True))
+        )
+        assert equal(family.sample(split, step, numbers, seed=seed), alone), (split, step, seed)
+
+
+def one(family: TaskFamily, split: Any, step: int, slot: torch.Tensor, seed: int) -> list[torch.Tensor]:
+    """The parts of one episode, drawn by itself by a family that has drawn nothing before."""
+    fresh = type(family)(family.config, device=torch.device("cpu"), dtype=torch.float32)  # type: ignore[call-arg, attr-defined]
+    return [part[0] for part in fresh.sample(split, step, slot.view(1), seed=seed)]
+
+
 def test_seeds_splits_steps_and_slots_differ(family: TaskFamily) -> None:
     slot = torch.tensor([0])
     draws = [

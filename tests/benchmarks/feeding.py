@@ -1,0 +1,306 @@
+"""Everything around the meta-gradient: episodes, all-reduce, workers, and the way to the first step.
+
+    metapipe data prepare glyphs --out data/glyphs   # or any 28×28 data set: --data
+    python -m tests.benchmarks.feeding               # all of it; or some: --parts episodes mapped feeding workers start
+
+Parts: `episodes` indices drawn and uint8 rows gathered in memory (5-way × 16 images, one core); `mapped` the same of
+84×84×3 images from memory-mapped shards, written here with random pixels; `feeding` the share of a step's time that
+drawing its episodes takes; `workers` the all-reduce of conv4's gradient and tasks/s over 1, 2 and 4 one-thread
+processes at equal global batch; `start` from a command to its help or to its first outer step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from pipeline import experiment as experiments
+from pipeline.datasets.source import RawClass
+from pipeline.experiment import Components, Experiment
+from pipeline.tasks import shards
+from pipeline.tasks.images import ImageTasks
+from pipeline.tasks.sampler import sample_indices
+from pipeline.training.collectives import all_reduce_sums
+from pipeline.training.context import Context, LocalContext, run_processes
+from pipeline.training.memory import keep_freed_memory
+from pipeline.training.step import global_gradient, slots_of_rank
+from pipeline.types import SPLITS, MetaState, TaskBatch
+from tests.benchmarks import measuring, report
+from tests.benchmarks.measuring import Quartiles, quartiles
+
+META_BATCH, WARM_UP, STEPS = 32, 2, 12
+WORKERS = (1, 2, 4)
+MAPPED_CLASSES, MAPPED_EXAMPLES, MAPPED_SIZE = 30, 600, 84  # 20 classes to train with, as large as mini-ImageNet's
+START_LIMIT = 300.0  # seconds to wait for a first step
+
+Result = tuple[str, Quartiles, str]  # what, how much, unit
+CPU = torch.device("cpu")
+
+IMAGES = {"family": "images", "n_way": 5, "k_shot": 1, "n_query": 15, "eval_n_query": 15}
+STRIDED = {"name": "conv4", "downsample": "stride"}
+MAML = {"name": "maml", "inner_lr": 0.4}
+
+
+def _experiment(data: Path, *, task: dict[str, Any], model: dict[str, Any], batch: int = META_BATCH) -> Experiment:
+    if task["family"] == "images":
+        task = {**task, "data": str(data), "split": shards.read_manifest(str(data)).splits[0]}
+    content = {
+        "name": "feeding",
+        "task": task,
+        "model": model,
+        "algorithm": MAML,
+        "training": {"steps": 1, "meta_batch_size": batch, "backend": "local"},
+    }
+    return experiments.from_dict(content, source="configuration")
+
+
+def _built(data: Path, **parts: Any) -> tuple[Experiment, Components]:
+    experiment = _experiment(data, **parts)
+    return experiment, experiments.build(experiment, device=CPU)
+
+
+def _rate(step: Callable[[], Any], count: int) -> Quartiles:
+    """How many a second, of a step that does `count`."""
+    seconds = measuring.in_turn({"": step}, rounds=STEPS, device=CPU)[""]
+    return quartiles([count / each for each in seconds])
+
+
+def episodes(data: Path) -> Iterator[Result]:
+    _, parts = _built(data, task=IMAGES, model=STRIDED)
+    family = parts.family
+    assert isinstance(family, ImageTasks)
+    members = torch.tensor(family.manifest.members(family.config.split, "meta_train"))
+    counts = torch.tensor([family.manifest.classes[i].count for i in members.tolist()])
+
+    def draw_and_gather(slots: torch.Tensor) -> torch.Tensor:
+        drawn = sample_indices(
+            seed=0,
+            split="meta_train",
+            step=0,
+            slots=slots,
+            class_counts=counts,
+            n_way=5,
+            k_shot=1,
+            n_query=15,
+        )
+        return family.images.gather(members[drawn.classes], torch.cat([drawn.support, drawn.query], dim=-1))
+
+    for count in (META_BATCH, 128, 1024):
+        slots = torch.arange(count)
+        yield f"drawn and gathered, {count} at once", _rate(lambda s=slots: draw_and_gather(s), count), "episodes/s"
+        whole = _rate(lambda s=slots: family.sample("meta_train", 0, s, seed=0), count)
+        yield f"drawn, gathered and converted to float32, {count} at once", whole, "episodes/s"
+
+
+def mapped(data: Path) -> Iterator[Result]:
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "images"
+        _write_random_images(folder)
+        task = {**IMAGES, "memory_limit_mb": 0}
+        _, parts = _built(folder, task=task, model=STRIDED)
+        slots = torch.arange(META_BATCH // 2)
+        began = time.perf_counter()
+        parts.family.sample("meta_train", 0, slots, seed=0)
+        first = len(slots) / (time.perf_counter() - began)
+        yield "mapped 84×84×3, the first 16, decoded and checked", Quartiles(first, first, first), "episodes/s"
+        for step in range(1, 60):  # until every row group was met
+            parts.family.sample("meta_train", step, slots, seed=0)
+        again = _rate(lambda: parts.family.sample("meta_train", 0, slots, seed=0), len(slots))
+        yield "mapped 84×84×3, afterwards, converted to float32", again, "episodes/s"
+
+
+def _write_random_images(folder: Path) -> None:
+    random = np.random.default_rng(0)
+    names = [f"random/{number:02d}" for number in range(MAPPED_CLASSES)]
+    shape = (MAPPED_EXAMPLES, MAPPED_SIZE, MAPPED_SIZE, 3)
+    classes = (RawClass(name, "random", random.integers(0, 256, shape, np.uint8)) for name in names)
+    in_training = 2 * MAPPED_CLASSES // 3
+    parts = {name: SPLITS[0] if i < in_training else SPLITS[1 + i % 2] for i, name in enumerate(names)}
+    shards.write(folder, classes, splits={"random": parts}, source={"name": "random"}, preprocessing={})
+
+
+def feeding(data: Path) -> Iterator[Result]:
+    few = {**IMAGES, "n_query": 5}
+    settings: dict[str, dict[str, Any]] = {
+        "conv4 strided, 16 tasks of 5 queries": {"task": few, "model": STRIDED, "batch": 16},
+        "conv4 pool, 16 tasks of 15 queries": {"task": IMAGES, "model": {"name": "conv4"}, "batch": 16},
+        "sinusoid MLP, 25 tasks": {"task": {"family": "sinusoid"}, "model": {"name": "mlp"}, "batch": 25},
+    }
+    for name, parts in settings.items():
+        draw, compute = _draw_and_compute(LocalContext(), _experiment(data, **parts))
+        draws, computes = [], []
+        for step in range(WARM_UP + STEPS):
+            began = time.perf_counter()
+            batch = draw(step)
+            drawn = time.perf_counter()
+            compute(batch, step)
+            draws.append(drawn - began)
+            computes.append(time.perf_counter() - drawn)
+        share = [100 * d / (d + c) for d, c in zip(draws[WARM_UP:], computes[WARM_UP:], strict=True)]
+        yield f"drawing episodes, {name}", quartiles(share), "% of the step"
+        yield f"drawing episodes, {name}", quartiles([1000 * d for d in draws[WARM_UP:]]), "ms"
+
+
+def _draw_and_compute(
+    context: Context, experiment: Experiment
+) -> tuple[Callable[[int], TaskBatch], Callable[[TaskBatch, int], Any]]:
+    """This rank's episodes of a step, and their part in the global meta-gradient."""
+    parts = experiments.build(experiment, device=CPU)
+    meta = parts.algorithm.init(0)
+    state = MetaState({name: value.requires_grad_() for name, value in meta.params.items()}, meta.buffers)
+    slots = slots_of_rank(context, experiment.training.meta_batch_size)
+    chunk = experiments.task_chunk(experiment, parts, CPU)
+    return (
+        lambda step: parts.family.sample("meta_train", step, slots, seed=0),
+        lambda batch, step: global_gradient(context, parts.algorithm, state, batch, step=step, chunk=chunk),
+    )
+
+
+def workers(data: Path) -> Iterator[Result]:
+    for model in ({"name": "conv4"}, STRIDED):
+        name = f"conv4 {'strided' if model is STRIDED else 'pool'}"
+        one: float | None = None
+        for count in WORKERS:
+            with tempfile.TemporaryDirectory() as scratch:
+                told = Path(scratch) / "rank0.json"
+                run_processes(_worker, str(data), dict(model), str(told), num_workers=count)
+                found = json.loads(told.read_text())
+            rate = quartiles([META_BATCH / seconds for seconds in found["steps"]])
+            one = one or rate.median
+            yield f"{name}, {count} workers, {META_BATCH} tasks a step", rate, "tasks/s"
+            if count > 1:
+                yield f"{name}, {count} workers", Quartiles(*(value / one for value in rate)), "× one worker"
+                reduce = quartiles([1000 * seconds for seconds in found["all_reduce"]])
+                yield f"{name}, all-reduce of its gradient, {count} workers", reduce, "ms"
+
+
+def _worker(context: Context, data: str, model: dict[str, Any], told: str) -> None:
+    """Some outer steps' meta-gradients, and all-reduces by themselves; rank 0 writes down their seconds."""
+    torch.set_num_threads(1)
+    keep_freed_memory()
+    experiment = _experiment(Path(data), task=IMAGES, model=model)
+    draw, compute = _draw_and_compute(context, experiment)
+    steps = []
+    for step in range(WARM_UP + STEPS):
+        began = time.perf_counter()
+        compute(draw(step), step)
+        steps.append(time.perf_counter() - began)
+    gradient = {name: value.detach().clone() for name, value in compute(draw(0), 0).grads.items()}
+    reduces = []
+    for _ in range(10 * STEPS):
+        context.all_reduce(torch.zeros(1))  # all ranks begin together
+        began = time.perf_counter()
+        all_reduce_sums(context, gradient)
+        reduces.append(time.perf_counter() - began)
+    if context.rank == 0:
+        Path(told).write_text(json.dumps({"steps": steps[WARM_UP:], "all_reduce": reduces[STEPS:]}))
+
+
+def start(data: Path) -> Iterator[Result]:
+    yield "metapipe --help", quartiles([_help_seconds() for _ in range(7)]), "s"
+    for backend in ("local", "processes", "ray"):
+        with tempfile.TemporaryDirectory() as scratch:  # the first run creates MLflow's store, the second finds it
+            for which in ("a first", "a further"):
+                seconds = _first_step_seconds(data, Path(scratch), backend)
+                yield (
+                    f"metapipe train ({backend}) to the first step of {which} run",
+                    Quartiles(seconds, seconds, seconds),
+                    "s",
+                )
+
+
+def _help_seconds() -> float:
+    began = time.perf_counter()
+    subprocess.run([sys.executable, "-m", "jobs.cli", "--help"], check=True, stdout=subprocess.DEVNULL)
+    return time.perf_counter() - began
+
+
+def _first_step_seconds(data: Path, folder: Path, backend: str) -> float:
+    """From the command until its journal has the first outer step (and a validation of two episodes, which flushes it).
+
+    Raises RuntimeError: no first step within START_LIMIT.
+    """
+    runs = folder / f"runs-{time.monotonic_ns()}"
+    settings = {
+        "task.data": data.resolve(),
+        "task.split": shards.read_manifest(str(data)).splits[0],
+        "training.backend": backend,
+        "training.steps": 1,
+        "training.validate_every": 1,
+        "evaluation.validation_episodes": 2,
+        "tracking.runs": runs,
+        "tracking.register_model": "false",
+    }
+    command = [sys.executable, "-m", "jobs.cli", "train", str(report.REPOSITORY / "configs" / "smoke.yaml")]
+    command += [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
+    environment = {**os.environ, "PYTHONPATH": str(report.REPOSITORY)}
+    environment["MLFLOW_TRACKING_URI"] = f"sqlite:///{folder}/mlflow.db"
+    began = time.perf_counter()
+    process = subprocess.Popen(
+        command, cwd=folder, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    )
+    seconds = None
+    while seconds is None and process.poll() is None and time.perf_counter() - began < START_LIMIT:
+        if any(journal.stat().st_size for journal in runs.glob("*/*/metrics.jsonl")):
+            seconds = time.perf_counter() - began
+        time.sleep(0.01)
+    if seconds is None:
+        process.terminate()
+    message = process.communicate()[1]
+    if seconds is None:
+        raise RuntimeError(f"metapipe train with backend {backend} reached no step: {message[-500:]}")
+    return seconds
+
+
+PARTS: dict[str, Callable[[Path], Iterator[Result]]] = {
+    "episodes": episodes,
+    "mapped": mapped,
+    "feeding": feeding,
+    "workers": workers,
+    "start": start,
+}
+COLUMNS: report.Columns = {
+    "part": lambda row: row["case"],
+    "what": lambda row: row["what"],
+    "median (quartiles)": lambda row: _shown(Quartiles(**row["value"])),
+    "unit": lambda row: row["unit"],
+    "load": lambda row: f"{row['load_average']:.1f}",
+}
+
+
+def _shown(value: Quartiles) -> str:
+    low, median, high = (f"{each:.0f}" if each >= 100 else f"{each:.3g}" for each in value)
+    return median if low == high else f"{median} ({low}–{high})"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    parser.add_argument("--data", type=Path, default=Path("data/glyphs"), help="prepared data set of 28×28 images")
+    parser.add_argument("--out", type=Path, help="folder for feeding.md and .json")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    keep_freed_memory()
+    rows = []
+    for part in options.parts:
+        for what, value, unit in PARTS[part](options.data):
+            row = {"case": part, "what": what, "value": value._asdict(), "unit": unit}
+            rows.append({**row, "load_average": report.load_average()})
+            print(f"{part}: {what} {_shown(value)} {unit}", file=sys.stderr, flush=True)
+    notes = [f"`{report.command('tests.benchmarks.feeding')}`", "One core; load: processes that wanted one meanwhile."]
+    report.write(options.out, "feeding", where=report.place(CPU), rows=rows, columns=COLUMNS, notes=notes)
+
+
+if __name__ == "__main__":
+    main()
