@@ -43,7 +43,8 @@ class SinusoidConfig(Section):
 
 
 class _Uniforms(NamedTuple):
-    values: Tensor  # amplitude, phase, then an input for each point
+    values: Tensor  # [T, 2 + S + Q]: amplitude, phase, then an input for each point
+    keys: Tensor  # int64 [T], the episodes' own
 
 
 class SinusoidTasks:
@@ -68,11 +69,11 @@ class SinusoidTasks:
 
     def _draw(self, split: Split, seed: int, steps: Tensor, slots: Tensor) -> _Uniforms:
         key = keys.of_episodes(seed, SPLITS.index(split), steps, slots)
-        return _Uniforms(keys.uniform(key, 2 + sum(self._sizes(split))))
+        return _Uniforms(keys.uniform(key, 2 + sum(self._sizes(split))), key)
 
     def sample(self, split: Split, step: int, slots: Tensor, *, seed: int) -> TaskBatch:
         n_support, _ = self._sizes(split)
-        u = self._uniforms(split, step, slots, seed=seed).values  # [T, 2 + S + Q]
+        u, key = self._uniforms(split, step, slots, seed=seed)
         amplitude = _scale(u[:, :1], AMPLITUDE).unsqueeze(-1)
         phase = _scale(u[:, 1:2], PHASE).unsqueeze(-1)
         x = _scale(u[:, 2:], INPUT).unsqueeze(-1)
