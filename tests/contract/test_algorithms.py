@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline import experiment as experiments
 from pipeline.algorithms import ALGORITHMS
@@ -30,14 +30,21 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"inductive_statistics": "running"},
     ]
 }
-FAMILIES = {
-    "images": {"family": "images", "split": "random", "n_query": 3, "eval_n_query": 3},
-    "sinusoid": {"family": "sinusoid"},
+IMAGES = {"family": "images", "split": "random", "n_query": 3, "eval_n_query": 3}
+MODULE = {"name": "module", "factory": f"{__name__}:network", "dropout": True}
+# name: task, model
+PROBLEMS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "images": (IMAGES, {"name": "mlp", "hidden": [16], "normalization": "batch"}),
+    "sinusoid": ({"family": "sinusoid"}, {"name": "mlp", "hidden": [16]}),
+    "module by loop": (IMAGES, {**MODULE, "batching": "loop"}),
+    "module by vmap": (IMAGES, {**MODULE, "batching": "vmap"}),
 }
-MODELS = {
-    "images": {"name": "mlp", "hidden": [16], "normalization": "batch"},
-    "sinusoid": {"name": "mlp", "hidden": [16]},
-}
+
+
+def network() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3, stride=3), nn.BatchNorm2d(4), nn.Tanh(), nn.Dropout(0.2), nn.Flatten(), nn.Linear(64, 5)
+    )
 
 
 def algorithm_names() -> list[str]:
@@ -46,19 +53,21 @@ def algorithm_names() -> list[str]:
 
 def cases() -> list:
     return [
-        pytest.param((name, variant, family), id="-".join([name, family, *(f"{k}={v}" for k, v in variant.items())]))
+        pytest.param((name, variant, problem), id="-".join([name, problem, *(f"{k}={v}" for k, v in variant.items())]))
         for name in algorithm_names()
         for variant in VARIANTS.get(name, [{}])
-        for family in FAMILIES
+        for problem in PROBLEMS
     ]
 
 
-def experiment_of(name: str, variant: dict, family: str, data: Path) -> experiments.Experiment:
-    task = {**FAMILIES[family], **({"data": str(data)} if family == "images" else {})}
+def experiment_of(name: str, variant: dict, problem: str, data: Path) -> experiments.Experiment:
+    task, model = PROBLEMS[problem]
+    if task["family"] == "images":
+        task = {**task, "data": str(data)}
     content = {
         "name": "contract",
         "task": task,
-        "model": MODELS[family],
+        "model": model,
         "algorithm": {"name": name, **REQUIRED.get(name, {}), **variant},
         "training": {"steps": 1, "backend": "local", "dtype": "float64", "meta_batch_size": TASKS},
     }
