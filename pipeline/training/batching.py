@@ -147,7 +147,8 @@ def measure(
     """Seconds per task of a meta-gradient by (batching, tasks at once): the loop, then vmap.
 
     Without `chunk`, on a CPU vmap is tried with 2, 4, 8, … tasks at once until more are slower or memory would not hold
-    twice as many; on a GPU with all. The loop is always measured, vmap only within BUDGET_SECONDS. One thread on a CPU is measured by its own time, which other processes on the machine do not enter.
+    twice as many; on a GPU with all. The loop is always measured, vmap only within BUDGET_SECONDS. One thread
+    on a CPU is measured by its own time, which other processes on the machine do not enter.
     """
     share = len(batch.support_x)
     on_cpu = batch.support_x.device.type == "cpu"
