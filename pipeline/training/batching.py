@@ -28,7 +28,8 @@ VERIFIED_TASKS = 2
 TOLERANCE = 1e-8  # relative, in float64; a wrong derivative differs by 1e-3 and more, rounding by 1e-13
 LEAST_PART = 1e-3  # a parameter's gradient below this part of the whole counts as one of this size: it may be all noise
 REPEATS = 3
-BUDGET_SECONDS = 30.0  # for all measurements: begun after it, none
+SLOWER = 1.1  # than the best chunk so far: no larger one is tried
+BUDGET_SECONDS = 30.0  # for all measurements: none is begun after it
 MEMORY_PART = 0.5  # of what is free, for the largest chunk tried
 
 
@@ -109,17 +110,22 @@ def measure(
     *,
     step: int,
     chunk: int | None,
-    clock: Callable[[], float] = time.perf_counter,
+    clock: Callable[[], float] | None = None,
+    wall: Callable[[], float] = time.monotonic,
 ) -> dict[tuple[str, int | None], float]:
     """Seconds per task of a meta-gradient by (batching, tasks at once): the loop, then vmap.
 
-    Without `chunk`, on a CPU vmap is tried with 2, 4, 8, … tasks at once while that is the faster the more there are
-    and memory holds twice as many; on a GPU with all. The loop is always measured; vmap only within BUDGET_SECONDS.
+    Without `chunk`, on a CPU vmap is tried with 2, 4, 8, … tasks at once until more are slower or memory would not hold
+    twice as many; on a GPU with all. The loop is always measured, vmap only within BUDGET_SECONDS. One thread
+    on a CPU is measured by its own time, which other processes on the machine do not enter.
     """
     share = len(batch.support_x)
-    deadline = clock() + BUDGET_SECONDS
+    on_cpu = batch.support_x.device.type == "cpu"
+    deadline = wall() + BUDGET_SECONDS
+    if clock is None:
+        clock = time.thread_time if on_cpu and torch.get_num_threads() == 1 else time.perf_counter
 
-    def seconds(batching: str, at_once: int) -> float:
+    def per_task(batching: str, at_once: int) -> float:
         tasks = batch.tasks(slice(0, at_once))
         times = []
         with _batched(model, batching):
@@ -129,30 +135,28 @@ def measure(
                 if tasks.support_x.is_cuda:
                     torch.cuda.synchronize(tasks.support_x.device)
                 times.append((clock() - began) / len(tasks.support_x))
-                if repeat and clock() > deadline:
+                if repeat and wall() > deadline:
                     break
         return min(times)
 
-    on_cpu = batch.support_x.device.type == "cpu"
     if chunk or not on_cpu:
         at_once = min(chunk or share, share)
-        measured = {("loop", chunk): seconds("loop", at_once)}
-        if clock() < deadline:
+        measured = {("loop", chunk): per_task("loop", at_once)}
+        if wall() < deadline:
             try:
-                measured["vmap", chunk] = seconds("vmap", at_once)
+                measured["vmap", chunk] = per_task("vmap", at_once)
             except torch.OutOfMemoryError:
                 torch.cuda.empty_cache()
         return measured
-    measured = {("loop", 1): seconds("loop", 1)}
+    measured = {("loop", 1): per_task("loop", 1)}
     idle = _resident()
     for at_once in _doubled(share):
-        if clock() > deadline:
+        if wall() > deadline:
             break
-        measured["vmap", at_once] = seconds("vmap", at_once)
+        measured["vmap", at_once] = per_task("vmap", at_once)
         taken = _resident() - idle  # freed memory stays with the process: see training/memory.py
-        before = measured.get(("vmap", at_once // 2))
-        slower = before is not None and measured["vmap", at_once] >= before
-        if slower or 2 * taken > MEMORY_PART * psutil.virtual_memory().available:
+        best = min(seconds for (batching, _), seconds in measured.items() if batching == "vmap")
+        if measured["vmap", at_once] > SLOWER * best or 2 * taken > MEMORY_PART * psutil.virtual_memory().available:
             break
     return measured
 

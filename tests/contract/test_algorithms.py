@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeline import experiment as experiments
 from pipeline.algorithms import ALGORITHMS
@@ -31,18 +31,26 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"inductive_statistics": "running"},
     ]
 }
-FAMILIES = {
-    "images": {"family": "images", "split": "random", "n_query": 3, "eval_n_query": 3},
-    "sinusoid": {"family": "sinusoid"},
-}
-MODELS = {
-    "images": {"name": "mlp", "hidden": [16], "normalization": "batch"},
-    "sinusoid": {"name": "mlp", "hidden": [16]},
-}
-CONVOLUTIONAL = {"name": "conv4", "hidden": 16, "downsample": "stride"}
+IMAGES = {"family": "images", "split": "random", "n_query": 3, "eval_n_query": 3}
+MODULE = {"name": "module", "factory": f"{__name__}:network", "dropout": True}
+CONV4 = {"name": "conv4", "hidden": 16, "downsample": "stride"}
 KERNELS = ("pure", "closed", "native")
+# name: task, model, kernel
+PROBLEMS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    "images": (IMAGES, {"name": "mlp", "hidden": [16], "normalization": "batch"}, "auto"),
+    "sinusoid": ({"family": "sinusoid"}, {"name": "mlp", "hidden": [16]}, "auto"),
+    "module by loop": (IMAGES, {**MODULE, "batching": "loop"}, "auto"),
+    "module by vmap": (IMAGES, {**MODULE, "batching": "vmap"}, "auto"),
+    **{f"conv4 {kernel}": (IMAGES, CONV4, kernel) for kernel in KERNELS},
+}
 pytestmark = pytest.mark.usefixtures("one_thread")
 KERNEL_VARIANTS = [{}, {"inductive_statistics": "running"}]  # the others are MAML's, whatever the kernel
+
+
+def network() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3, stride=3), nn.BatchNorm2d(4), nn.Tanh(), nn.Dropout(0.2), nn.Flatten(), nn.Linear(64, 5)
+    )
 
 
 def algorithm_names() -> list[str]:
@@ -50,31 +58,23 @@ def algorithm_names() -> list[str]:
 
 
 def cases() -> list:
-    every = [
-        (name, variant, family, "auto")
-        for name in algorithm_names()
-        for variant in VARIANTS.get(name, [{}])
-        for family in FAMILIES
-    ]
-    every += [
-        (name, variant, "images", kernel)
-        for name in algorithm_names()
-        for variant in VARIANTS.get(name, [{}])
-        if variant in KERNEL_VARIANTS
-        for kernel in KERNELS
-    ]
     return [
-        pytest.param(one, id="-".join([one[0], one[2], one[3], *(f"{k}={v}" for k, v in one[1].items())]))
-        for one in every
+        pytest.param((name, variant, problem), id="-".join([name, problem, *(f"{k}={v}" for k, v in variant.items())]))
+        for name in algorithm_names()
+        for problem in PROBLEMS
+        for variant in VARIANTS.get(name, [{}])
+        if variant in KERNEL_VARIANTS or not problem.startswith("conv4")
     ]
 
 
-def experiment_of(name: str, variant: dict, family: str, kernel: str, data: Path) -> experiments.Experiment:
-    task = {**FAMILIES[family], **({"data": str(data)} if family == "images" else {})}
+def experiment_of(name: str, variant: dict, problem: str, data: Path) -> experiments.Experiment:
+    task, model, kernel = PROBLEMS[problem]
+    if task["family"] == "images":
+        task = {**task, "data": str(data)}
     content = {
         "name": "contract",
         "task": task,
-        "model": MODELS[family] if kernel == "auto" else CONVOLUTIONAL,
+        "model": model,
         "algorithm": {"name": name, **REQUIRED.get(name, {}), **variant},
         "training": {
             "steps": 1,
@@ -89,7 +89,7 @@ def experiment_of(name: str, variant: dict, family: str, kernel: str, data: Path
 
 @pytest.fixture(params=cases())
 def case(request: pytest.FixtureRequest, tiny_data: Path) -> tuple[experiments.Experiment, Components]:
-    if request.param[3] == "native" and native.why_not():
+    if request.param[2] == "conv4 native" and native.why_not():
         pytest.skip(f"no native kernels here: {native.why_not()}")
     experiment = experiment_of(*request.param, tiny_data)
     return experiment, experiments.build(experiment, device=torch.device("cpu"))

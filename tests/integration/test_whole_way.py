@@ -362,6 +362,7 @@ def net(width):
     command = [str(Path(sys.executable).with_name("metapipe")), "train", str(config), "--json"]
     done = subprocess.run(command, cwd=tmp_path / "work", capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+    assert "tasks go through the network" in done.stderr  # by loop or by vmap: what was chosen is said
     assert json.loads(done.stdout)["registered"]["champion"]
     program = """
 import mlflow, numpy as np

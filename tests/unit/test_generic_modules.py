@@ -509,6 +509,7 @@ def test_the_faster_one_is_taken_with_its_chunk(monkeypatch: pytest.MonkeyPatch)
         step=0,
         chunk=None,
         clock=lambda: now,
+        wall=lambda: now,
     )
     assert {way: round(1e3 * seconds, 3) for way, seconds in measured.items()} == {
         ("loop", 1): 10,
@@ -536,7 +537,7 @@ def test_measuring_ends_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(MAML, "meta_grad", meta_grad)
     maml = learner(mlp, "auto")
     batch = make_batch("layer norm")
-    batching.measure(maml, maml.model, maml.init(0), batch, step=0, chunk=None, clock=lambda: now)  # type: ignore[arg-type]
+    batching.measure(maml, maml.model, maml.init(0), batch, step=0, chunk=None, clock=lambda: now, wall=lambda: now)  # type: ignore[arg-type]
     assert calls == 2
 
 
