@@ -114,7 +114,7 @@ class ImageTasks:
             self._counts[split] = counts[members]
         self._indices = StepsAhead(self._draw, device)
         store = MappedImages if self.prefetch else DeviceImages
-        self.images: ImageStore = store(config.data, self.manifest, device)
+        self._images: ImageStore = store(config.data, self.manifest, device)
 
     def class_digests(self, split: Split) -> dict[str, str]:
         """sha256 of a class's images -> its name, for the classes of one part."""
@@ -126,17 +126,9 @@ class ImageTasks:
 
         Raises DataError: a shard that is damaged when it is read (memory-mapped sets).
         """
-        config = self.config
         indices = self._indices(split, step, slots, seed=seed)
-        rotations = self._rotations(split)
-        num_members = len(self._members[split])
-        turns = indices.turns if rotations == "per_class" else indices.classes // num_members
-        classes = self._members[split][indices.classes % num_members]
-        examples = torch.cat([indices.support, indices.query], dim=-1)  # [T, W, K + Q]
-        images = self.images.gather(classes, examples)  # uint8 [T, W, K + Q, C, H, W]
-        if rotations != "none":
-            images = rotate(images, turns[:, :, None, None, None, None])
-        support, query = images[:, :, : config.k_shot], images[:, :, config.k_shot :]
+        images = self._pixels(split, indices)
+        support, query = images[:, :, : self.config.k_shot], images[:, :, self.config.k_shot :]
         return TaskBatch(
             support_x=self._inputs(support),
             support_y=self._labels(support),
@@ -144,6 +136,20 @@ class ImageTasks:
             query_y=self._labels(query),
             keys=indices.keys,
         )
+
+    def pixels(self, split: Split, step: int, slots: Tensor, *, seed: int) -> Tensor:
+        """The episodes' images as they are stored: uint8 [T, W, K + Q, C, H, W], each class's support first."""
+        return self._pixels(split, self._indices(split, step, slots, seed=seed))
+
+    def _pixels(self, split: Split, indices: EpisodeIndices) -> Tensor:
+        rotations = self._rotations(split)
+        num_members = len(self._members[split])
+        classes = self._members[split][indices.classes % num_members]
+        images = self._images.gather(classes, torch.cat([indices.support, indices.query], dim=-1))
+        if rotations == "none":
+            return images
+        turns = indices.turns if rotations == "per_class" else indices.classes // num_members
+        return rotate(images, turns[:, :, None, None, None, None])
 
     def _rotations(self, split: Split) -> str:
         return self.config.rotations if split == "meta_train" else "none"  # test tasks are the data set's own

@@ -42,8 +42,10 @@ class SinusoidConfig(Section):
         return f"sinusoid:A{AMPLITUDE}:phase{PHASE}:x{INPUT}"
 
 
-class _Uniforms(NamedTuple):
-    values: Tensor  # [T, 2 + S + Q]: amplitude, phase, then an input for each point
+class _Drawn(NamedTuple):
+    amplitude: Tensor  # [T, 1, 1]
+    phase: Tensor  # [T, 1, 1], radians
+    x: Tensor  # [T, S + Q, 1]
     keys: Tensor  # int64 [T], the episodes' own
 
 
@@ -60,25 +62,28 @@ class SinusoidTasks:
         self.description = {"family": config.family, "k_shot": config.eval_k_shot, "n_query": config.eval_n_query}
         self.device = device
         self.dtype = dtype
-        self._uniforms = StepsAhead(self._draw, device)
+        self._drawn = StepsAhead(self._draw, device)
 
     def _sizes(self, split: Split) -> tuple[int, int]:
         """Support and query points of a task."""
         config = self.config
         return (config.k_shot, config.n_query) if split == "meta_train" else (config.eval_k_shot, config.eval_n_query)
 
-    def _draw(self, split: Split, seed: int, steps: Tensor, slots: Tensor) -> _Uniforms:
+    def _draw(self, split: Split, seed: int, steps: Tensor, slots: Tensor) -> _Drawn:
         key = keys.of_episodes(seed, SPLITS.index(split), steps, slots)
-        return _Uniforms(keys.uniform(key, 2 + sum(self._sizes(split))), key)
+        u = keys.uniform(key, 2 + sum(self._sizes(split))).unsqueeze(-1)
+        return _Drawn(
+            amplitude=_scale(u[..., :1, :], AMPLITUDE),
+            phase=_scale(u[..., 1:2, :], PHASE),
+            x=_scale(u[..., 2:, :], INPUT),
+            keys=key,
+        )
 
     def sample(self, split: Split, step: int, slots: Tensor, *, seed: int) -> TaskBatch:
         n_support, _ = self._sizes(split)
-        u, key = self._uniforms(split, step, slots, seed=seed)
-        amplitude = _scale(u[:, :1], AMPLITUDE).unsqueeze(-1)
-        phase = _scale(u[:, 1:2], PHASE).unsqueeze(-1)
-        x = _scale(u[:, 2:], INPUT).unsqueeze(-1)
-        y = amplitude * torch.sin(x - phase)
-        x, y = x.to(self.dtype), y.to(self.dtype)
+        amplitude, phase, x, key = self._drawn(split, step, slots, seed=seed)
+        y = (amplitude * torch.sin(x - phase)).to(self.dtype)
+        x = x.to(self.dtype)
         return TaskBatch(x[:, :n_support], y[:, :n_support], x[:, n_support:], y[:, n_support:], key)
 
 

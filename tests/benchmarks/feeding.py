@@ -12,6 +12,7 @@ processes at equal global batch; `start` from a command to its help or to its fi
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import subprocess
@@ -30,7 +31,6 @@ from pipeline.datasets.source import RawClass
 from pipeline.experiment import Components, Experiment
 from pipeline.tasks import shards
 from pipeline.tasks.images import ImageTasks
-from pipeline.tasks.sampler import sample_indices
 from pipeline.training.collectives import all_reduce_sums
 from pipeline.training.context import Context, LocalContext, run_processes
 from pipeline.training.memory import keep_freed_memory
@@ -39,7 +39,8 @@ from pipeline.types import SPLITS, MetaState, TaskBatch
 from tests.benchmarks import measuring, report
 from tests.benchmarks.measuring import Quartiles, quartiles
 
-META_BATCH, WARM_UP, STEPS = 32, 2, 12
+META_BATCH, WARM_UP, STEPS = 32, 2, 5
+IN_A_ROW = 32  # outer steps of one measurement of episodes a second
 WORKERS = (1, 2, 4)
 MAPPED_CLASSES, MAPPED_EXAMPLES, MAPPED_SIZE = 30, 600, 84  # 20 classes to train with, as large as mini-ImageNet's
 START_LIMIT = 300.0  # seconds to wait for a first step
@@ -70,37 +71,28 @@ def _built(data: Path, **parts: Any) -> tuple[Experiment, Components]:
     return experiment, experiments.build(experiment, device=CPU)
 
 
-def _rate(step: Callable[[], Any], count: int) -> Quartiles:
-    """How many a second, of a step that does `count`."""
-    seconds = measuring.in_turn({"": step}, rounds=STEPS, device=CPU)[""]
-    return quartiles([count / each for each in seconds])
-
-
 def episodes(data: Path) -> Iterator[Result]:
     _, parts = _built(data, task=IMAGES, model=STRIDED)
     family = parts.family
     assert isinstance(family, ImageTasks)
-    members = torch.tensor(family.manifest.members(family.config.split, "meta_train"))
-    counts = torch.tensor([family.manifest.classes[i].count for i in members.tolist()])
-
-    def draw_and_gather(slots: torch.Tensor) -> torch.Tensor:
-        drawn = sample_indices(
-            seed=0,
-            split="meta_train",
-            step=0,
-            slots=slots,
-            class_counts=counts,
-            n_way=5,
-            k_shot=1,
-            n_query=15,
-        )
-        return family.images.gather(members[drawn.classes], torch.cat([drawn.support, drawn.query], dim=-1))
-
-    for count in (META_BATCH, 128, 1024):
+    for count in (16, META_BATCH, 128):
         slots = torch.arange(count)
-        yield f"drawn and gathered, {count} at once", _rate(lambda s=slots: draw_and_gather(s), count), "episodes/s"
-        whole = _rate(lambda s=slots: family.sample("meta_train", 0, s, seed=0), count)
-        yield f"drawn, gathered and converted to float32, {count} at once", whole, "episodes/s"
+        stored = _rate_of_steps(lambda step, s=slots: family.pixels("meta_train", step, s, seed=0), count)
+        yield f"drawn and gathered, {count} a step", stored, "episodes/s"
+        inputs = _rate_of_steps(lambda step, s=slots: family.sample("meta_train", step, s, seed=0), count)
+        yield f"drawn, gathered and converted to float32, {count} a step", inputs, "episodes/s"
+
+
+def _rate_of_steps(step: Callable[[int], Any], count: int) -> Quartiles:
+    """How many a second, of outer steps in a row that do `count` each; a measurement spans many of them."""
+    steps = itertools.count()
+
+    def some() -> None:
+        for _ in range(IN_A_ROW):
+            step(next(steps))
+
+    seconds = measuring.in_turn({"": some}, rounds=STEPS, device=CPU)[""]
+    return quartiles([IN_A_ROW * count / each for each in seconds])
 
 
 def mapped(data: Path) -> Iterator[Result]:
@@ -114,9 +106,7 @@ def mapped(data: Path) -> Iterator[Result]:
         parts.family.sample("meta_train", 0, slots, seed=0)
         first = len(slots) / (time.perf_counter() - began)
         yield "mapped 84×84×3, the first 16, decoded and checked", Quartiles(first, first, first), "episodes/s"
-        for step in range(1, 60):  # until every row group was met
-            parts.family.sample("meta_train", step, slots, seed=0)
-        again = _rate(lambda: parts.family.sample("meta_train", 0, slots, seed=0), len(slots))
+        again = _rate_of_steps(lambda step: parts.family.sample("meta_train", step, slots, seed=0), len(slots))
         yield "mapped 84×84×3, afterwards, converted to float32", again, "episodes/s"
 
 
@@ -134,7 +124,7 @@ def feeding(data: Path) -> Iterator[Result]:
     few = {**IMAGES, "n_query": 5}
     settings: dict[str, dict[str, Any]] = {
         "conv4 strided, 16 tasks of 5 queries": {"task": few, "model": STRIDED, "batch": 16},
-        "conv4 pool, 16 tasks of 15 queries": {"task": IMAGES, "model": {"name": "conv4"}, "batch": 16},
+        "conv4 pool, 4 tasks of 15 queries": {"task": IMAGES, "model": {"name": "conv4"}, "batch": 4},
         "sinusoid MLP, 25 tasks": {"task": {"family": "sinusoid"}, "model": {"name": "mlp"}, "batch": 25},
     }
     for name, parts in settings.items():
@@ -168,28 +158,26 @@ def _draw_and_compute(
 
 
 def workers(data: Path) -> Iterator[Result]:
-    for model in ({"name": "conv4"}, STRIDED):
-        name = f"conv4 {'strided' if model is STRIDED else 'pool'}"
-        one: float | None = None
-        for count in WORKERS:
-            with tempfile.TemporaryDirectory() as scratch:
-                told = Path(scratch) / "rank0.json"
-                run_processes(_worker, str(data), dict(model), str(told), num_workers=count)
-                found = json.loads(told.read_text())
-            rate = quartiles([META_BATCH / seconds for seconds in found["steps"]])
-            one = one or rate.median
-            yield f"{name}, {count} workers, {META_BATCH} tasks a step", rate, "tasks/s"
-            if count > 1:
-                yield f"{name}, {count} workers", Quartiles(*(value / one for value in rate)), "× one worker"
-                reduce = quartiles([1000 * seconds for seconds in found["all_reduce"]])
-                yield f"{name}, all-reduce of its gradient, {count} workers", reduce, "ms"
+    one: float | None = None
+    for count in WORKERS:
+        with tempfile.TemporaryDirectory() as scratch:
+            told = Path(scratch) / "rank0.json"
+            run_processes(_worker, str(data), str(told), num_workers=count)
+            found = json.loads(told.read_text())
+        rate = quartiles([META_BATCH / seconds for seconds in found["steps"]])
+        one = one or rate.median
+        yield f"conv4 strided, {count} workers, {META_BATCH} tasks a step", rate, "tasks/s"
+        if count > 1:
+            yield f"conv4 strided, {count} workers", Quartiles(*(value / one for value in rate)), "× one worker"
+            reduce = quartiles([1000 * seconds for seconds in found["all_reduce"]])
+            yield f"all-reduce of its gradient, {count} workers", reduce, "ms"
 
 
-def _worker(context: Context, data: str, model: dict[str, Any], told: str) -> None:
+def _worker(context: Context, data: str, told: str) -> None:
     """Some outer steps' meta-gradients, and all-reduces by themselves; rank 0 writes down their seconds."""
     torch.set_num_threads(1)
     keep_freed_memory()
-    experiment = _experiment(Path(data), task=IMAGES, model=model)
+    experiment = _experiment(Path(data), task=IMAGES, model=STRIDED)
     draw, compute = _draw_and_compute(context, experiment)
     steps = []
     for step in range(WARM_UP + STEPS):
