@@ -135,7 +135,7 @@ class MAML:
         outputs, _ = self.model.apply(params, support_x)
         losses = self.objective.loss(outputs[..., :num_classes], support_y)
         grads = torch.autograd.grad(losses.sum(), list(params.values()), create_graph=create_graph)
-        return {k: v - self.config.inner_lr * g for (k, v), g in zip(params.items(), grads, strict=True)}
+        return {k: v.add(g, alpha=-self.config.inner_lr) for (k, v), g in zip(params.items(), grads, strict=True)}
 
     def _adapted(self, params: Params, buffers: Statistics, support_x: Tensor, inductive: bool) -> Adapted:
         if not inductive:
