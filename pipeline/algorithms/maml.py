@@ -147,4 +147,4 @@ class MAML:
 
 def _per_task(params: Params, tasks: int) -> Params:
     """[...] -> [tasks, ...] per leaf, without copying; its backward sums over tasks."""
-    return {k: v.unsqueeze(0).expand(tasks, *v.shape) for k, v in params.items()}
+    return {k: v.expand(tasks, *v.shape) for k, v in params.items()}
