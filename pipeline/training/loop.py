@@ -16,6 +16,7 @@ from pipeline.experiment import Components, Experiment
 from pipeline.runs import RunFolder
 from pipeline.training import outer
 from pipeline.training.checkpoint import TrainState
+from pipeline.training.compiled import Compiled
 from pipeline.training.context import Context
 from pipeline.training.evaluate import SELECTION_SEED, evaluate, summarize
 from pipeline.training.journal import JournalWriter
@@ -44,6 +45,8 @@ def train(context: Context, experiment: Experiment, run: RunFolder) -> None:
     keep_freed_memory()
     torch.set_num_threads(experiment.training.cpus_per_worker)
     parts = experiments.build(experiment, device=context.device)
+    if experiment.training.compile:
+        parts = parts._replace(algorithm=Compiled(parts.algorithm))
     state = _initial_state(experiment, parts, context.device)
     latest = run.checkpoints.latest()
     if latest is not None:
