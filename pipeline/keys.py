@@ -34,7 +34,8 @@ def _mix(x: Tensor) -> Tensor:
 def fold(key: Tensor, word: Tensor | int) -> Tensor:
     """A new key from a key and one more word (broadcast against each other); int64 in, int64 out."""
     if isinstance(word, int):
-        word = torch.tensor(_signed(word), dtype=torch.int64, device=key.device)
+        # filled in there: a copy from the host would wait for all that a GPU has queued
+        word = torch.full((), _signed(word), dtype=torch.int64, device=key.device)
     return _mix(_mix(key + _GOLDEN) ^ _mix(word + _MIX_1))
 
 

@@ -37,7 +37,7 @@ def draw_without_replacement(u: Tensor, population: Tensor | int) -> Tensor:
     k = u.shape[-1]
     ranks = torch.arange(k, device=u.device)
     if isinstance(population, int):
-        population = torch.tensor(population, device=u.device)
+        population = torch.full((), population, device=u.device)
     picked = keys.below(u[..., :1], population.unsqueeze(-1))
     for i in range(1, k):
         rank = keys.below(u[..., i], population - i).unsqueeze(-1)
