@@ -42,9 +42,9 @@ class TrainingConfig(Section):
     # tasks adapted at once; bounds memory. None: what was measured fastest on CPU, the whole share on a GPU
     dtype: Literal["float32", "float64"] = "float32"
     compile: bool = False
-    # the meta-gradient as one compiled program (inductor): same numbers but for rounding, made in 5 to 60 s at the start
-    # of a run and kept for the next. Pays for small networks whose ops take longer to launch than to compute (the
-    # sinusoid MLP: 4 times as fast) in runs of minutes; not for conv4 on a CPU, whose kernels are faster
+    # the meta-gradient as one compiled program (inductor): the same but for rounding. It is made at the start of a run,
+    # which takes up to a minute, and kept for the next. Pays in runs of minutes where ops take longer to launch than
+    # to compute (the sinusoid MLP: 4 times as fast); not for conv4 on a CPU
     backend: Literal["ray", "processes", "local"] = "ray"  # processes: gloo without Ray; local: in this process
     num_workers: int | tuple[int, int] = 1  # or [fewest, most]: as many as there is room for, changing as it does
     resize_seconds: float = Field(default=60.0, gt=0)  # between looks at whether there is room for more workers (ray)

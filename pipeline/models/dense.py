@@ -5,9 +5,9 @@ sums and masks for every product. Written out, a second-order inner step takes h
 
 Layers l = 1 … L, with h_0 = x:  a_l = h_{l−1} W_lᵀ + b_l,  h_l = relu(a_l) for l < L,  output a_L.
 
-    forward            x, W, b -> a_L, h_1 … h_{L−1}
-    its gradients      g_{l−1} = mask_{l−1} · (g_l W_l + cotangent of h_{l−1}),  ∂W_l = g_lᵀ h_{l−1},  ∂b_l = Σ_N g_l
-    their adjoint      u_l = h_{l−1} v_lᵀ + w_l + (mask_{l−1} · u_{l−1}) W_lᵀ  for cotangents v_l of ∂W_l and w_l of ∂b_l
+    forward          x, W, b -> a_L, h_1 … h_{L−1}
+    its gradients    g_{l−1} = mask_{l−1} · (g_l W_l + cotangent of h_{l−1}),  ∂W_l = g_lᵀ h_{l−1},  ∂b_l = Σ_N g_l
+    their adjoint    u_l = h_{l−1} v_lᵀ + w_l + (mask_{l−1} · u_{l−1}) W_lᵀ, for cotangents v_l of ∂W_l, w_l of ∂b_l
 
 The hidden layers are outputs, so that the adjoint can hand back a cotangent for them and the chain closes: the second
 derivative is one more pass of the first op. A third derivative is refused.
@@ -58,7 +58,7 @@ class _Dense(Function):
 
 class _DenseGradients(Function):
     @staticmethod
-    def forward(ctx: Any, count: int, g: Tensor, *rest: Tensor | None) -> tuple[Tensor, ...]:
+    def forward(ctx: Any, count: int, g: Tensor, *rest: Any) -> tuple[Tensor, ...]:
         g_hidden, weights, layers = rest[: count - 1], rest[count - 1 : 2 * count - 1], rest[2 * count - 1 :]
         gradients = [g]  # with respect to a_L, …, a_1
         for weight, layer, extra in zip(weights[:0:-1], layers[:0:-1], g_hidden[::-1], strict=True):
@@ -78,7 +78,9 @@ class _DenseGradients(Function):
         count, saved = ctx.count, ctx.saved_tensors
         weights, layers, gradients = saved[:count], saved[count : 2 * count], saved[2 * count :]
         u = _affine(layers[0], cotangents[0], cotangents[count])
-        by_hidden, by_layer, by_weight = [], [], [None]
+        by_hidden: list[Tensor | None] = []
+        by_layer: list[Tensor] = []
+        by_weight: list[Tensor | None] = [None]
         for i in range(1, count):
             u = torch.ops.aten.threshold_backward(u, layers[i], 0)
             by_hidden.append(u if ctx.has_extra[i - 1] else None)  # the cotangent of h_i was added where u arrives

@@ -6,8 +6,8 @@ of C++ (CPU) or Triton kernels (CUDA) of it. What is computed stays the same but
 
 Tracing runs on fake tensors, which have shapes and no numbers. So whatever a trace cannot hold is found out and not
 frozen into the program: a branch on a tensor's value, a tensor from outside, code that reads a tensor's memory. The
-outer step is passed as a `_WatchedStep`, which notes that it is read: a program would hold that one step for ever, so an
-algorithm that anneals by `step` is left as it is. So is whatever cannot be traced or compiled. Each is said once.
+outer step is passed as a `_WatchedStep`, which notes that it is read: a program would hold that one step for ever, so
+an algorithm that anneals by `step` is left as it is. So is whatever cannot be traced or compiled, and each is said once.
 
 A program is for exact shapes, layouts, dtypes and one device. There are few of those in a run (the task chunk, a
 smaller last one); after MAX_PROGRAMS the rest goes uncompiled, so that odd shapes never mean compiling all the time.
@@ -97,12 +97,14 @@ class Compiled:
         if self._eager_because is not None:
             return None
         if self._compiled == MAX_PROGRAMS:
-            return self._give_up(f"there are more than {MAX_PROGRAMS} shapes of meta-batch")
+            self._give_up(f"there are more than {MAX_PROGRAMS} shapes of meta-batch")
+            return None
         self._compiled += 1
         try:
             self._programs[signature] = program = _compile(self._algorithm, state, batch)
         except _CannotCompile as reason:
-            return self._give_up(str(reason))
+            self._give_up(str(reason))
+            return None
         return program
 
     def _give_up(self, reason: str) -> None:
@@ -132,17 +134,17 @@ class _WatchedStep:
         self.read = True
         raise _CannotCompile("the algorithm anneals by the outer step, which a program would freeze")
 
-    __bool__ = __int__ = __float__ = __index__ = __hash__ = __eq__ = __ne__ = _refuse  # type: ignore[assignment]
+    __bool__ = __int__ = __float__ = __index__ = __hash__ = __eq__ = __ne__ = _refuse
     __lt__ = __le__ = __gt__ = __ge__ = __neg__ = __abs__ = __round__ = _refuse
     __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = __truediv__ = __rtruediv__ = _refuse
-    __floordiv__ = __rfloordiv__ = __mod__ = __rmod__ = __pow__ = __rpow__ = __str__ = __repr__ = _refuse  # type: ignore[assignment]
+    __floordiv__ = __rfloordiv__ = __mod__ = __rmod__ = __pow__ = __rpow__ = __str__ = __repr__ = _refuse
 
 
 def _compile(algorithm: Algorithm, state: MetaState, batch: TaskBatch) -> _Program:
     """Raises _CannotCompile, with the reason in one line."""
     with _cache():
         graph, names = _trace(algorithm, state, batch)
-        inputs = [v.detach() for v in (*state.params.values(), *state.buffers.values(), *batch)]
+        inputs: list[Any] = [v.detach() for v in (*state.params.values(), *state.buffers.values(), *batch)]
         placeholders = [node for node in graph.graph.nodes if node.op == "placeholder"]
         buffers = slice(len(state.params), len(state.params) + len(state.buffers))
         reads_buffers = any(node.users for node in placeholders[buffers])
@@ -218,9 +220,11 @@ def _cache() -> Iterator[None]:
     folder = Path(os.environ[CACHE_VARIABLE])
     try:
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        lock = open(folder / "metapipe.lock", "w")
+        lock = os.open(folder / "metapipe.lock", os.O_WRONLY | os.O_CREAT, 0o600)
     except OSError as error:
         raise _CannotCompile(f"{folder} cannot be written ({error.strerror})") from error
-    with lock:
+    try:
         fcntl.flock(lock, fcntl.LOCK_EX)  # freed by the system when its holder dies
         yield
+    finally:
+        os.close(lock)

@@ -41,7 +41,7 @@ def make_optimizer(config: OuterConfig, params: Params) -> torch.optim.Optimizer
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
-    """Put a checkpoint's optimizer state into this one, in place; where its counters live stays this device's choice."""
+    """Put a checkpoint's optimizer state into this one, in place. Where its counters live follows this device."""
     groups = []
     for own, theirs in zip(optimizer.param_groups, saved["param_groups"], strict=True):
         groups.append({**theirs, **{key: own[key] for key in ("capturable",) if key in own}})

@@ -74,19 +74,18 @@ def maml(model: str, dtype: torch.dtype = torch.float64, **options: Any) -> MAML
 def assert_close(ours: MetaGradient, theirs: MetaGradient, relative: float = 1e-10) -> None:
     for part, reference in zip(ours, theirs, strict=True):
         assert list(part) == list(reference)
-        for name, value in reference.items():
-            assert float((part[name] - value).norm()) <= relative * float(value.norm()), name
+        largest = max((float(value.norm()) for value in reference.values()), default=0.0)
+        for name, value in reference.items():  # a bias before a normalization has a gradient of zero, but for rounding
+            assert float((part[name] - value).norm()) <= relative * max(float(value.norm()), 1e-3 * largest), name
 
 
 @pytest.mark.parametrize(
     ("model", "options"),
     [
-        ("mlp", {"adaptation_steps": 3}),
-        ("mlp", {"adaptation_steps": 2, "first_order": True}),
-        ("mlp-batch", {"adaptation_steps": 2, "normalization": "inductive"}),
-        ("mlp-batch", {"inductive_statistics": "running"}),
+        ("mlp", {"adaptation_steps": 2}),
+        ("mlp-batch", {"first_order": True, "inductive_statistics": "running"}),
         ("conv4-stride", {}),
-        ("conv4-max_pool", {"first_order": True}),
+        ("conv4-max_pool", {"first_order": True, "normalization": "inductive"}),
     ],
     ids=str,
 )
@@ -248,7 +247,6 @@ def test_workers_that_start_together_share_the_work(tmp_path: Path, monkeypatch:
     run_processes(compile_and_save, str(tmp_path), num_workers=2)
     ours, theirs = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
     assert all(torch.equal(ours[name], value) for name, value in theirs.items())
-    assert len(list((tmp_path / "cache").rglob("*.main.so"))) + len(list((tmp_path / "cache").rglob("*.so"))) > 0
 
 
 class StopsAt(LocalContext):

@@ -1,4 +1,4 @@
-"""The loop as it runs on a GPU, where the host reads a step's numbers one step late: here on a CPU, where both ways run.
+"""The loop as it runs on a GPU, where the host reads a step's numbers one step late; here both ways run on a CPU.
 
 The device itself leaves out a step that is not finite; what is trained and written must not differ in a bit.
 """
