@@ -7,7 +7,7 @@ of C++ (CPU) or Triton kernels (CUDA) of it. What is computed stays the same but
 Tracing runs on fake tensors, which have shapes and no numbers. So whatever a trace cannot hold is found out and not
 frozen into the program: a branch on a tensor's value, a tensor from outside, code that reads a tensor's memory. The
 outer step is passed as a `_WatchedStep`, which notes that it is read: a program would hold that one step for ever, so
-an algorithm that anneals by `step` is left as it is. So is whatever cannot be traced or compiled, and each is said once.
+an algorithm that anneals by `step` is left as it is. So is whatever cannot be traced or compiled; that is said once.
 
 A program is for exact shapes, layouts, dtypes and one device. There are few of those in a run (the task chunk, a
 smaller last one); after MAX_PROGRAMS the rest goes uncompiled, so that odd shapes never mean compiling all the time.
