@@ -51,6 +51,10 @@ class TrainingConfig(Section):
     # (PyTorch alone, any device); pure: PyTorch's own derivatives, slow, the reference
     precision: Precision = "float32"
     # mixed: the query pass of training in bfloat16, adaptation and evaluation in float32 (native kernels only)
+    compile: bool = False
+    # the meta-gradient as one compiled program (inductor): the same but for rounding. It is made at the start of a run,
+    # which takes up to a minute, and kept for the next. Pays in runs of minutes where ops take longer to launch than
+    # to compute (the sinusoid MLP: 4 times as fast); not for conv4 on a CPU
     backend: Literal["ray", "processes", "local"] = "ray"  # processes: gloo without Ray; local: in this process
     num_workers: int | tuple[int, int] = 1  # or [fewest, most]: as many as there is room for, changing as it does
     resize_seconds: float = Field(default=60.0, gt=0)  # between looks at whether there is room for more workers (ray)

@@ -155,7 +155,7 @@ class MAML:
         outputs, _ = self.model.apply(params, support, keys=keys)
         losses = self.objective.loss(outputs[..., :num_classes], support_y)
         grads = torch.autograd.grad(losses.sum(), list(params.values()), create_graph=create_graph)
-        return {k: v - self.config.inner_lr * g for (k, v), g in zip(params.items(), grads, strict=True)}
+        return {k: v.add(g, alpha=-self.config.inner_lr) for (k, v), g in zip(params.items(), grads, strict=True)}
 
     def _adapted(
         self,
@@ -175,4 +175,4 @@ class MAML:
 
 def _per_task(params: Params, tasks: int) -> Params:
     """[...] -> [tasks, ...] per leaf, without copying; its backward sums over tasks."""
-    return {k: v.unsqueeze(0).expand(tasks, *v.shape) for k, v in params.items()}
+    return {k: v.expand(tasks, *v.shape) for k, v in params.items()}

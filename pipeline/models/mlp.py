@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from pipeline import kernels
 from pipeline.config import Section
 from pipeline.kernels import Kernel, Precision
+from pipeline.models.dense import dense
 from pipeline.models.normalization import Normalizer
 from pipeline.types import Params, Statistics
 
@@ -83,16 +84,18 @@ class MLP:
         keys: Tensor | None = None,
     ) -> tuple[Tensor, Statistics]:
         """x [T, N, ...] -> outputs [T, N, num_outputs], observed statistics (empty without normalization)."""
-        normalize = Normalizer(statistics, observe)
         x = x.flatten(2)
+        if self.config.normalization == "none":
+            names = [*(f"layer{layer}" for layer in range(1, len(self.sizes) - 1)), "head"]
+            return dense(x, [params[f"{n}.weight"] for n in names], [params[f"{n}.bias"] for n in names]), {}
+        normalize = Normalizer(statistics, observe)
         for layer in range(1, len(self.sizes) - 1):
             x = _linear(params, f"layer{layer}", x)
-            if self.config.normalization == "batch":
-                tasks = x.shape[0]
-                side_by_side = x.transpose(0, 1).flatten(1)  # [N, T·units]
-                weight, bias = params[f"norm{layer}.weight"], params[f"norm{layer}.bias"]
-                normalized = normalize(f"norm{layer}", side_by_side, weight, bias)
-                x = normalized.unflatten(1, (tasks, -1)).transpose(0, 1)
+            tasks = x.shape[0]
+            side_by_side = x.transpose(0, 1).flatten(1)  # [N, T·units]
+            weight, bias = params[f"norm{layer}.weight"], params[f"norm{layer}.bias"]
+            normalized = normalize(f"norm{layer}", side_by_side, weight, bias)
+            x = normalized.unflatten(1, (tasks, -1)).transpose(0, 1)
             x = F.relu(x)
         return _linear(params, "head", x), normalize.observed
 

@@ -24,7 +24,7 @@ import torch
 from pipeline import storage
 from pipeline.errors import DataError
 from pipeline.storage import Location
-from pipeline.training.outer import Plateau
+from pipeline.training.outer import Plateau, load_optimizer
 from pipeline.training.plan import Plan
 from pipeline.types import MetaState
 
@@ -159,7 +159,7 @@ class CheckpointStore:
             for name, leaf in state.meta.params.items():
                 leaf.copy_(content["params"][name])
         state.meta = MetaState(state.meta.params, content["buffers"])
-        state.optimizer.load_state_dict(content["optimizer"])
+        load_optimizer(state.optimizer, content["optimizer"])
         state.step = content["step"]
         state.plateau = Plateau(**content["plateau"])
         state.best = Best(**content["best"])

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 
@@ -17,12 +19,14 @@ from pipeline.runs import RunFolder
 from pipeline.training import outer
 from pipeline.training import plan as plans
 from pipeline.training.checkpoint import TrainState
+from pipeline.training.compiled import Compiled
 from pipeline.training.context import Context
 from pipeline.training.evaluate import SELECTION_SEED, evaluate, summarize
 from pipeline.training.journal import JournalWriter
 from pipeline.training.memory import keep_freed_memory
 from pipeline.training.plan import Plan
-from pipeline.training.step import global_gradient, slots_of_rank
+from pipeline.training.queue import Fetched, seconds_between
+from pipeline.training.step import QueuedGradient, Told, queue_gradient, slots_of_rank
 from pipeline.types import MetaState, TaskBatch
 
 # Metrics that tell of the machine and not of the training: a repeated step has others.
@@ -46,6 +50,8 @@ def train(context: Context, experiment: Experiment, run: RunFolder) -> None:
     keep_freed_memory()
     torch.set_num_threads(experiment.training.cpus_per_worker)
     parts = experiments.build(experiment, device=context.device)
+    if experiment.training.compile:
+        parts = parts._replace(algorithm=Compiled(parts.algorithm))
     state = _initial_state(experiment, parts, context.device)
     latest = run.checkpoints.latest()
     if latest is not None:
@@ -54,16 +60,26 @@ def train(context: Context, experiment: Experiment, run: RunFolder) -> None:
     state.plan = _plan(context, experiment, parts, state, run)
     if context.rank == 0:
         run.update(plan=state.plan._asdict())
+    steps_late = _steps_late(context.device)
+    queued: deque[_QueuedStep] = deque()
+    clock = _Clock()
     with _written(run, state), _journal(context, run, state) as journal:
         for batch in _training_batches(context, experiment, parts, first_step=state.step):
-            metrics, stop = _outer_step(context, experiment, parts, state, batch)
+            queued.append(_queue_outer_step(context, experiment, parts, state, batch, clock, late=steps_late > 0))
             validating = state.step % experiment.training.validate_every == 0 or state.step == total
-            if validating and state.skipped_in_a_row < experiment.training.max_nonfinite_steps:
-                metrics |= _validate(context, experiment, parts, state, run)
-            context.observe({"step": state.step, **metrics})
-            if journal:
-                journal.append(state.step, metrics)
-            not_finite = _reason_to_give_up(experiment, state, check_params=validating or stop)
+            stop, not_finite = False, ""
+            while len(queued) > (0 if validating or stop or not_finite else steps_late):
+                step = queued.popleft()
+                metrics, asked = _finish_outer_step(context, experiment, state, step, clock)
+                stop = stop or asked
+                newest = step.number == state.step
+                if newest and validating and state.skipped_in_a_row < experiment.training.max_nonfinite_steps:
+                    metrics |= _validate(context, experiment, parts, state, run)
+                context.observe({"step": step.number, **metrics})
+                if journal:
+                    journal.append(step.number, metrics)
+                check_params = newest and (validating or stop)
+                not_finite = not_finite or _reason_to_give_up(experiment, state, check_params=check_params)
             if journal and (validating or stop or not_finite):
                 journal.flush()  # before the checkpoint: a resumed run keeps the lines up to its step
             if journal and (validating or stop) and not not_finite:
@@ -141,7 +157,7 @@ def _training_batches(
     context: Context, experiment: Experiment, parts: Components, *, first_step: int
 ) -> Iterator[TaskBatch]:
     """This rank's share of every outer step's meta-batch; drawn one step ahead where drawing waits for a disk."""
-    slots = slots_of_rank(context, experiment.training.meta_batch_size)
+    slots = slots_of_rank(context, experiment.training.meta_batch_size).to(context.device)
 
     def draw(step: int) -> TaskBatch:
         return parts.family.sample("meta_train", step, slots, seed=experiment.seed)
@@ -159,50 +175,107 @@ def _training_batches(
             yield batch
 
 
-def _outer_step(
-    context: Context, experiment: Experiment, parts: Components, state: TrainState, batch: TaskBatch
-) -> tuple[dict[str, float], bool]:
-    """One outer step, in place on `state`; a step with anything not finite is counted and changes nothing else.
+@dataclass
+class _Clock:
+    """What the next outer step needs to know of the ones before it."""
 
-    Returns its metrics, and whether a rank was asked to end.
+    finished: float = 0.0  # host seconds when the last one's numbers were there
+    compute_seconds: float = 0.0  # that this rank took for the last one it knows of
+
+
+class _QueuedStep(NamedTuple):
+    """An outer step that has been computed, or on a GPU will be."""
+
+    number: int  # outer steps completed with it
+    chunk: int | None  # tasks at once that were asked for
+    lr: float
+    gradient: QueuedGradient
+    metric_names: list[str]
+    numbers: Fetched  # finite, the metrics, the gradient's norm, then what the ranks told
+    started: float  # host seconds
+
+
+def _steps_late(device: torch.device) -> int:
+    """Outer steps whose numbers the host leaves for later: on a GPU one, so that it always has the next one queued."""
+    return 1 if device.type == "cuda" else 0
+
+
+def _queue_outer_step(
+    context: Context,
+    experiment: Experiment,
+    parts: Components,
+    state: TrainState,
+    batch: TaskBatch,
+    clock: _Clock,
+    *,
+    late: bool,
+) -> _QueuedStep:
+    """One outer step, in place on `state`; with anything not finite it changes neither parameters nor optimizer.
+
+    `late`: the host does not look whether it is finite, the device decides. What else is to be done about the step
+    `_finish_outer_step` does when its numbers are there.
     """
     config = experiment.training
     assert state.plan is not None
     started = time.perf_counter()
-    gradient = global_gradient(
+    gradient = queue_gradient(
         context,
         parts.algorithm,
         state.meta,
         batch,
         step=state.step,
         chunk=state.plan.chunk,
+        previous_seconds=clock.compute_seconds,
     )
     lr = outer.outer_lr(config.outer, state.step, config.steps, state.plateau)
-    metrics = {"outer_lr": lr}
-    if gradient.finite:
-        norm = outer.update(config.outer, state.optimizer, state.meta.params, gradient.grads, lr=lr)
-        buffers = parts.algorithm.update_buffers(state.meta.buffers, gradient.statistics)
-        state.meta = MetaState(state.meta.params, buffers)
+    params, buffers = state.meta
+    norm = torch.zeros_like(gradient.told[0])
+    # the first statistics make the buffers, and whether there are any is the host's to know
+    if late and gradient.statistics.keys() <= buffers.keys():
+        finite = gradient.finite
+        norm = outer.update_where(finite, config.outer, state.optimizer, params, gradient.grads, lr=lr)
+        new = parts.algorithm.update_buffers(buffers, gradient.statistics)
+        buffers = buffers | {name: torch.where(finite, value, buffers[name]) for name, value in new.items()}
+    elif gradient.finite:
+        norm = outer.update(config.outer, state.optimizer, params, gradient.grads, lr=lr)
+        buffers = parts.algorithm.update_buffers(buffers, gradient.statistics)
+    state.meta = MetaState(params, buffers)
+    state.step += 1
+    first = torch.stack([gradient.finite.to(norm.dtype), *gradient.metrics.values(), norm])
+    numbers = Fetched(torch.cat([first, gradient.told]))
+    return _QueuedStep(state.step, state.plan.chunk, lr, gradient, list(gradient.metrics), numbers, started)
+
+
+def _finish_outer_step(
+    context: Context, experiment: Experiment, state: TrainState, step: _QueuedStep, clock: _Clock
+) -> tuple[dict[str, float], bool]:
+    """Wait for a step's numbers and count it. Returns its metrics, and whether a rank was asked to end."""
+    finite, *values = step.numbers.wait()
+    names = [*step.metric_names, "meta_grad_norm"]
+    told = Told.of(values[len(names) :])
+    metrics = {"outer_lr": step.lr}
+    if finite:
         state.skipped_in_a_row = 0
-        metrics |= {name: float(value) for name, value in gradient.metrics.items()}
-        metrics["meta_grad_norm"] = float(norm)
+        metrics |= dict(zip(names, values, strict=False))
     else:
         state.skipped += 1
         state.skipped_in_a_row += 1
-    state.step += 1
-    seconds = time.perf_counter() - started
-    if gradient.chunk != state.plan.chunk:
-        state.plan = state.plan._replace(chunk=gradient.chunk)
-        metrics["task_chunk"] = float(gradient.chunk or 0)
-    metrics["tasks_per_second"] = config.meta_batch_size / seconds
+    if told.chunk != step.chunk:
+        assert state.plan is not None
+        state.plan = state.plan._replace(chunk=told.chunk)
+        metrics["task_chunk"] = float(told.chunk or 0)
+    clock.compute_seconds = seconds_between(step.gradient.started, step.gradient.computed)
+    began, clock.finished = max(step.started, clock.finished), time.perf_counter()
+    seconds = clock.finished - began
+    metrics["tasks_per_second"] = experiment.training.meta_batch_size / seconds
     metrics["skipped_steps"] = state.skipped
     metrics["step_seconds"] = seconds
-    metrics["all_reduce_seconds"] = gradient.all_reduce_seconds
-    metrics["compute_seconds_mean"] = sum(gradient.compute_seconds) / len(gradient.compute_seconds)
-    metrics["compute_seconds_max"] = max(gradient.compute_seconds)
+    metrics["all_reduce_seconds"] = seconds_between(step.gradient.computed, step.gradient.reduced)
+    metrics["compute_seconds_mean"] = sum(told.compute_seconds) / len(told.compute_seconds)
+    metrics["compute_seconds_max"] = max(told.compute_seconds)
     metrics["num_workers"] = context.world_size
-    metrics["slowest_rank"] = gradient.compute_seconds.index(max(gradient.compute_seconds))
-    return metrics, gradient.stop
+    metrics["slowest_rank"] = told.compute_seconds.index(max(told.compute_seconds))
+    return metrics, told.stop
 
 
 def _reason_to_give_up(experiment: Experiment, state: TrainState, *, check_params: bool) -> str:

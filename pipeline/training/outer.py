@@ -33,10 +33,19 @@ class OuterConfig(Section):
 def make_optimizer(config: OuterConfig, params: Params) -> torch.optim.Optimizer:
     """The outer optimizer over the meta-parameters (its learning rate is set at every step)."""
     leaves = list(params.values())
+    on_gpu = leaves[0].is_cuda  # there Adam must count its steps on the device too
     if config.optimizer == "sgd":
         return torch.optim.SGD(leaves, lr=config.outer_lr, momentum=config.momentum, weight_decay=config.weight_decay)
     kind = torch.optim.Adam if config.optimizer == "adam" else torch.optim.AdamW
-    return kind(leaves, lr=config.outer_lr, weight_decay=config.weight_decay)
+    return kind(leaves, lr=config.outer_lr, weight_decay=config.weight_decay, capturable=on_gpu)
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> None:
+    """Put a checkpoint's optimizer state into this one, in place. Where its counters live follows this device."""
+    groups = []
+    for own, theirs in zip(optimizer.param_groups, saved["param_groups"], strict=True):
+        groups.append({**theirs, **{key: own[key] for key in ("capturable",) if key in own}})
+    optimizer.load_state_dict({**saved, "param_groups": groups})
 
 
 @dataclass
@@ -82,13 +91,36 @@ def update(
 ) -> Tensor:
     """One outer update, in place on `params`. Returns the gradient's norm before clipping."""
     norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g) for g in grads.values()]))
-    scale = 1.0
     if config.gradient_clip is not None:
-        scale = min(1.0, config.gradient_clip / (float(norm) + 1e-12))
+        scale = (config.gradient_clip / (norm.to(torch.float64) + 1e-12)).clamp(max=1.0)
+        grads = {name: g * scale.to(g.dtype) for name, g in grads.items()}
     for name, leaf in params.items():
-        leaf.grad = grads[name] * scale if scale != 1.0 else grads[name]
+        leaf.grad = grads[name]
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
+    return norm
+
+
+def update_where(
+    finite: Tensor, config: OuterConfig, optimizer: torch.optim.Optimizer, params: Params, grads: Params, *, lr: float
+) -> Tensor:
+    """As `update` where `finite` (bool, scalar) holds; else parameters and optimizer stay. The host does not look."""
+    leaves = list(params.values())
+    before = [leaf.detach().clone() for leaf in leaves]
+    state_before = {
+        (leaf, name): value.clone()
+        for leaf in leaves
+        for name, value in optimizer.state[leaf].items()
+        if isinstance(value, Tensor)
+    }
+    norm = update(config, optimizer, params, grads, lr=lr)
+    with torch.no_grad():
+        for leaf, old in zip(leaves, before, strict=True):
+            leaf.copy_(torch.where(finite, leaf, old))
+            for name, value in optimizer.state[leaf].items():
+                if isinstance(value, Tensor):  # all of it starts as zeros
+                    was = state_before.get((leaf, name))
+                    value.copy_(torch.where(finite, value, torch.zeros_like(value) if was is None else was))
     return norm

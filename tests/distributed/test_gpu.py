@@ -1,13 +1,18 @@
-"""On a CUDA device: the same episodes as on a CPU, the same parameters in float64, and NCCL with one worker."""
+"""On a CUDA device: the same episodes and parameters as on a CPU, NCCL with one worker, no waiting for the device."""
 
 from __future__ import annotations
 
+from collections import deque
 from pathlib import Path
 
 import pytest
 import torch
 
 from pipeline import experiment as experiments
+from pipeline.training import compiled, loop
+from pipeline.training.compiled import Compiled
+from pipeline.training.context import LocalContext
+from pipeline.training.step import slots_of_rank
 from tests.distributed.test_processes import experiment, final_params, run_to_end
 
 pytestmark = [
@@ -31,3 +36,53 @@ def test_one_nccl_worker_trains_the_parameters_of_the_cpu(tiny_data: Path, tmp_p
     on_gpu = final_params(run_to_end(experiment(tmp_path / "gpu", tiny_data, use_gpu=True)))
     for name, value in on_cpu.items():
         assert float((on_gpu[name] - value).norm() / value.norm()) <= 1e-8, name
+
+
+def test_outer_steps_are_queued_without_waiting_for_the_device(tiny_data: Path, tmp_path: Path) -> None:
+    """Sampling, meta-gradient, update and the copy of the numbers: CUDA itself raises where one of them waits."""
+    exp = experiment(tmp_path, tiny_data, backend="local", use_gpu=True)
+    context = LocalContext("cuda")
+    parts = experiments.build(exp, device=context.device)
+    state, clock = loop._initial_state(exp, parts, context.device), loop._Clock()
+    slots = slots_of_rank(context, exp.training.meta_batch_size).to(context.device)
+    queued: deque = deque()
+    for step in range(6):
+        torch.cuda.set_sync_debug_mode("error" if step >= 2 else "default")  # the first ones choose kernels
+        try:
+            batch = parts.family.sample("meta_train", step, slots, seed=0)
+            queued.append(loop._queue_outer_step(context, exp, parts, state, batch, clock, late=True))
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        if len(queued) > 1:
+            metrics, _ = loop._finish_outer_step(context, exp, state, queued.popleft(), clock)
+            assert metrics["compute_seconds_max"] >= 0
+            assert metrics["all_reduce_seconds"] >= 0
+    assert state.skipped == 0
+
+
+@pytest.mark.parametrize("options", [{}, {"optimizer": "sgd", "momentum": 0.9}], ids=["adam", "momentum"])
+def test_a_resumed_run_ends_bit_identical(options: dict, tiny_data: Path, tmp_path: Path) -> None:
+    ends = []
+    for name, steps in (("whole", [20]), ("resumed", [10, 20])):
+        for until in steps:
+            exp = experiment(tmp_path / name, tiny_data, backend="local", use_gpu=True, outer=options, steps=until)
+            run = run_to_end(exp)
+        ends.append(final_params(run))
+    assert all(torch.equal(value, ends[1][name]) for name, value in ends[0].items())
+
+
+def test_a_compiled_meta_gradient_is_the_eager_one(
+    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(compiled.CACHE_VARIABLE, str(tmp_path / "cache"))
+    device = torch.device("cuda")
+    exp = experiment(tmp_path, tiny_data, use_gpu=True)
+    parts = experiments.build(exp, device=device)
+    fast = Compiled(parts.algorithm)
+    state = parts.algorithm.init(0)
+    state = state._replace(params={name: value.to(device) for name, value in state.params.items()})
+    batch = parts.family.sample("meta_train", 0, torch.arange(4, device=device), seed=0)
+    ours, theirs = fast.meta_grad(state, batch, step=0), parts.algorithm.meta_grad(state, batch, step=0)
+    assert fast.programs == 1
+    for name, value in theirs.grads.items():
+        assert float((ours.grads[name] - value).norm() / value.norm()) <= 1e-10, name
