@@ -41,7 +41,12 @@ class Problem(NamedTuple):
 
     def tasks(self) -> Iterator[TaskBatch]:
         """Each task without its axis."""
-        return (TaskBatch(*parts) for parts in zip(*self.batch, strict=True))
+        return (TaskBatch(*parts) for parts in zip(*self.episodes(), strict=True))
+
+    def episodes(self) -> tuple[Tensor, ...]:
+        """Support and query sets; the plain networks draw nothing at random, so they need no keys."""
+        batch = self.batch
+        return batch.support_x, batch.support_y, batch.query_x, batch.query_y
 
 
 Step = Callable[[], Params]
@@ -222,7 +227,7 @@ def vmap_step(problem: Problem) -> Step:
     of_tasks: Any = vmap(grad(task_loss), in_dims=(None, 0, 0, 0, 0), chunk_size=chunk)
 
     def step() -> Params:
-        return {name: value.mean(dim=0) for name, value in of_tasks(meta_params, *problem.batch).items()}
+        return {name: value.mean(dim=0) for name, value in of_tasks(meta_params, *problem.episodes()).items()}
 
     return step
 
