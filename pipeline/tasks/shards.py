@@ -493,10 +493,23 @@ def _check_size(parquet: pq.ParquetFile, image_bytes: int) -> None:
                 raise ValueError(f"row group {number} is compressed, which our shards never are")
 
 
+_Stamp = tuple[int, int, int]
+
+
+def _stamp(path: Location) -> _Stamp | None:
+    """What changes when a file is written to or replaced; None in an object store, or where it is gone."""
+    try:
+        status = path.stat() if isinstance(path, Path) else None
+    except OSError:
+        return None
+    return status and (status.st_mtime_ns, status.st_size, status.st_ino)
+
+
 class ShardReader:
     """Rows of a data set by class, from memory-mapped shards or an object store. Files are opened at their first use.
 
-    The first read of a row group decodes it and checks its pages; later ones copy rows from where they lie in the file.
+    The first read of a row group decodes it and checks its pages; later ones copy rows from where they lie in the file,
+    for as long as nobody has written to it.
 
     Threads may share one; they take turns decoding.
     """
@@ -506,7 +519,8 @@ class ShardReader:
         self.manifest = manifest
         self._files: dict[int, pq.ParquetFile] = {}
         self._maps: dict[int, np.memmap] = {}
-        self._in_place: dict[tuple[int, int], np.ndarray] = {}  # (shard, row group) -> its checked images, in the file
+        # (shard, row group) -> its checked images, in the file; and the file as it was then
+        self._in_place: dict[tuple[int, int], tuple[np.ndarray, _Stamp]] = {}
         self._lock = threading.Lock()  # a ParquetFile is not thread-safe; sampling ahead and validation share it
 
     def __enter__(self) -> ShardReader:
@@ -548,10 +562,11 @@ class ShardReader:
         return (self.read_class(class_id) for class_id in range(len(self.manifest.classes)))
 
     def _read_row_group(self, class_id: int, group: RowGroup) -> np.ndarray:
-        in_place = self._in_place.get((group.shard, group.row_group))
-        if in_place is not None:
-            return in_place
         name = self.manifest.shards[group.shard].file
+        stamp = _stamp(self.folder / name)
+        checked = self._in_place.get((group.shard, group.row_group))
+        if checked is not None and checked[1] == stamp:
+            return checked[0]
         try:
             with self._lock:
                 file = self._open(group.shard)
@@ -573,8 +588,8 @@ class ShardReader:
                 f"{self.manifest.classes[class_id].name} that {MANIFEST} says. Prepare the data set again."
             )
         in_place = self._view(file, group)
-        if in_place is not None and np.array_equal(in_place, images):
-            self._in_place[group.shard, group.row_group] = in_place
+        if stamp is not None and in_place is not None and np.array_equal(in_place, images):
+            self._in_place[group.shard, group.row_group] = in_place, stamp
         return images
 
     def _view(self, file: pq.ParquetFile, group: RowGroup) -> np.ndarray | None:

@@ -140,6 +140,20 @@ def test_a_row_group_is_decoded_once(folder: Path, monkeypatch: pytest.MonkeyPat
     assert len(decoded) == 3  # three of its four row groups
 
 
+def test_damage_after_a_row_group_was_read_is_met(folder: Path) -> None:
+    """Rows are copied from where they lie only as long as nobody has written to the file."""
+    manifest = shards.read_manifest(folder)
+    with shards.ShardReader(folder, manifest) as reader:
+        for _ in range(2):
+            assert (reader.read_class(2) == CLASSES[2].images).all()
+        assert reader._in_place
+        file = folder / manifest.shards[0].file
+        whole = file.read_bytes()
+        file.write_bytes(bytes(byte ^ 0xFF for byte in whole[: len(whole) // 2]) + whole[len(whole) // 2 :])
+        with pytest.raises(DataError, match=f"{file.name}: row group .* cannot be read"):
+            list(reader)
+
+
 def test_pages_of_another_writer_are_decoded_every_time(folder: Path) -> None:
     """A row group in several pages does not lie in one piece, whatever its footer says."""
     manifest = shards.read_manifest(folder)
