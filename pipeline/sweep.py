@@ -92,6 +92,7 @@ class PBT(Section):
     name: Literal["pbt"]
     interval_steps: int = Field(ge=1)  # outer steps between exploits; a multiple of training.validate_every
     quantile: float = Field(default=0.25, gt=0, le=0.5)  # share of trials that copy, and that are copied
+    synchronous: bool = True  # trials wait for each other at every interval: who copies whom is no matter of timing
 
 
 class SweepConfig(Section):

@@ -177,10 +177,20 @@ def _scheduler(sweep: Sweep) -> Any:
                 config, operations = super()._get_new_config(trial, trial_to_clone)
                 return {**config, "chosen": {**config["chosen"], "trial": trial_name(trial.config)}}, operations
 
+            def choose_trial_to_run(self, tune_controller: Any) -> Any:
+                chosen = super().choose_trial_to_run(tune_controller)
+                live = tune_controller.get_live_trials()
+                if chosen is None and live and all(trial.status == "PAUSED" for trial in live):
+                    # The one that they all waited for has failed: without this, they would wait for ever.
+                    self._next_perturbation_sync = 1 + max(self._trial_state[t].last_train_time for t in live)
+                    chosen = super().choose_trial_to_run(tune_controller)
+                return chosen
+
         return Population(
             time_attr="step",
             perturbation_interval=settings.interval_steps,
             quantile_fraction=settings.quantile,
+            synch=settings.synchronous,
             hyperparam_mutations={"chosen": {"params": {key: draws(value) for key, value in sweep.search.items()}}},
         )
     return None

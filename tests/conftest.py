@@ -15,6 +15,16 @@ from tests.servers import mlflow_server, postgres, s3
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """`make test` runs two tests at a time, but never two that each want the whole machine for themselves.
+
+    Those that start Ray share its cluster and wait for much; those that compute in several processes go beside them.
+    """
+    for item in items:
+        folder = item.path.relative_to(REPOSITORY / "tests").parts[0]
+        item.add_marker(pytest.mark.xdist_group(folder if folder == "integration" else "distributed"))
+
+
 @pytest.fixture
 def one_thread() -> Iterator[None]:
     """As workers run. On a busy machine the threads of small ops wait for each other much longer than they work."""

@@ -37,12 +37,55 @@ if __name__ == "__main__":  # the workers are spawned and import this file
 """
 
 
-def experiment(runs_folder: Path | str, data: Path | str, **training: object) -> Experiment:
+BRAKED_NET = """
+import time
+from pathlib import Path
+from torch import nn
+class Braked(nn.Sequential):  # of images 12×12×1, five classes
+    def __init__(self, brake):
+        convolution = nn.Conv2d(1, 4, 3, 2, bias=False)
+        super().__init__(convolution, nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(100, 5))
+        self.brake = Path(brake)
+    def forward(self, x):
+        if self.brake.exists():
+            time.sleep(0.01)
+        return super().forward(x)
+"""
+
+
+class Brake:
+    """Training that goes slowly, a tenth of a second a step and more, until it is released.
+
+    So what is done to a run meanwhile meets it in the middle, however fast the machine and however slow the cluster.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True)
+        (folder / "braked_net.py").write_text(BRAKED_NET)
+        self._file = folder / "brake"
+        self.model = {
+            "name": "module",
+            "factory": "braked_net:Braked",
+            "arguments": {"brake": str(self._file)},
+            "batching": "loop",
+            "folder": str(folder),
+        }
+
+    def pull(self) -> None:
+        self._file.touch()
+
+    def release(self) -> None:
+        self._file.unlink()
+
+
+def experiment(
+    runs_folder: Path | str, data: Path | str, *, model: dict[str, Any] | None = None, **training: object
+) -> Experiment:
     """Seconds of training on the multi-process context."""
     content = {
         "name": "images",
         "task": {"family": "images", "data": str(data), "split": "random", "n_query": 2, "eval_n_query": 2},
-        "model": {"name": "conv4", "hidden": 4, "downsample": "stride"},
+        "model": model or {"name": "conv4", "hidden": 4, "downsample": "stride"},
         "algorithm": {"name": "maml", "inner_lr": 0.1, "adaptation_steps": 2},
         "training": {
             "steps": 20,

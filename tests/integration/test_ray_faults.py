@@ -15,6 +15,7 @@ from pipeline.runs import RunFolder
 from pipeline.training import journal
 from tests.faults import (
     DRIVER,
+    Brake,
     assert_same_end,
     difference,
     experiment,
@@ -56,8 +57,8 @@ class Driver:
         return [n for i, n in enumerate(numbers) if i == 0 or numbers[i - 1] != n]
 
 
-def driver(data: Path, folder: Path, nodes: Nodes, **training: object) -> Driver:
-    exp = experiment(folder / "runs", data, **{**TRAINING, **training}, backend="ray")
+def driver(data: Path, folder: Path, nodes: Nodes, brake: Brake, **training: object) -> Driver:
+    exp = experiment(folder / "runs", data, model=brake.model, **{**TRAINING, **training}, backend="ray")
     return Driver(exp, folder, nodes)
 
 
@@ -68,9 +69,11 @@ def end(process: subprocess.Popen[str]) -> None:
 
 def test_one_run_through_every_fault_of_a_cluster(tiny_data: Path, tmp_path: Path) -> None:
     """Bit-identical to the same number of workers on the multi-process context, undisturbed."""
-    undisturbed = run_to_end(experiment(tmp_path / "undisturbed", tiny_data, **TRAINING))
+    brake = Brake(tmp_path / "net")
+    undisturbed = run_to_end(experiment(tmp_path / "undisturbed", tiny_data, model=brake.model, **TRAINING))
+    brake.pull()
     with ray_nodes(2) as nodes:
-        ours = driver(tiny_data, tmp_path, nodes)
+        ours = driver(tiny_data, tmp_path, nodes, brake)
 
         # a spot machine's notice reaches the workers as a drain of their node: checkpoint at once, go on elsewhere
         process = ours.start()
@@ -116,23 +119,27 @@ def test_one_run_through_every_fault_of_a_cluster(tiny_data: Path, tmp_path: Pat
         process.kill()  # it would wait for the head for minutes
         process.communicate()
     assert not reached(ours.run, 120)
+    brake.release()
     with ray_nodes(2) as another:
-        end(driver(tiny_data, tmp_path, another).start())
+        end(driver(tiny_data, tmp_path, another, brake).start())
     assert_same_end(ours.run, undisturbed)
 
 
 def test_workers_leave_and_join(tiny_data: Path, tmp_path: Path) -> None:
     """One to two workers, as there are nodes: float64, 50 steps, ≤ 1e-10 of the undisturbed run."""
-    training = {"steps": 50, "validate_every": 2, "dtype": "float64", "meta_batch_size": 64}
-    reference = run_to_end(experiment(tmp_path / "reference", tiny_data, **{**TRAINING, **training}))
+    training = {"steps": 50, "validate_every": 2, "dtype": "float64"}
+    brake = Brake(tmp_path / "net")
+    reference = run_to_end(experiment(tmp_path / "reference", tiny_data, model=brake.model, **{**TRAINING, **training}))
+    brake.pull()
     with ray_nodes(2) as nodes:
-        ours = driver(tiny_data, tmp_path / "elastic", nodes, **training, num_workers=[1, 2], resize_seconds=2)
+        ours = driver(tiny_data, tmp_path / "elastic", nodes, brake, **training, num_workers=[1, 2], resize_seconds=2)
         process = ours.start()
         wait_until(lambda: reached(ours.run, 4), watch=process)
         nodes.kill()
         wait_until(lambda: ours.workers_seen()[-1] == 1, watch=process)
         nodes.add()
         wait_until(lambda: ours.workers_seen()[-1] == 2, watch=process)
+        brake.release()
         end(process)
     assert ours.workers_seen() == [2, 1, 2]
     assert difference(final_params(ours.run), final_params(reference)) <= 1e-10

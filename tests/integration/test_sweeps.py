@@ -175,21 +175,32 @@ def test_trials_on_several_workers(ray_cluster: None, home: Path, tmp_path: Path
 
 def test_a_population_copies_its_best(ray_cluster: None, home: Path, tmp_path: Path) -> None:
     """Trials with a hopeless rate take over the parameters and, perturbed, the rate of those that do well."""
-    base = sinusoid(tmp_path, steps=900, validate_every=100, meta_batch_size=32)
-    base["algorithm"]["adaptation_steps"] = 5  # long enough for both to train at the same time
     file = sweep_file(
         tmp_path,
-        base,
+        sinusoid(tmp_path, steps=80, validate_every=20),
         search={"outer_lr": {"grid": [1e-2, 1e-9]}},
-        scheduler={"name": "pbt", "interval_steps": 400, "quantile": 0.5},
+        scheduler={"name": "pbt", "interval_steps": 60, "quantile": 0.5},
         max_concurrent=2,
     )
     outcome = run(file)
     assert {trial.status for trial in outcome.trials} == {"finished"}
-    assert {trial.step for trial in outcome.trials} == {900}
+    assert {trial.step for trial in outcome.trials} == {80}
     hopeless = next(trial for trial in outcome.trials if trial.name == "0001")
     assert hopeless.run.experiment().training.outer.outer_lr == hopeless.params["training.outer.outer_lr"]
     assert hopeless.score is not None
-    rates = {record["outer_lr"] for record in journal.read(hopeless.run.journal)}
-    assert 1e-9 in rates
-    assert max(rates) > 1e-4
+    rates = [record["outer_lr"] for record in journal.read(hopeless.run.journal) if "outer_lr" in record]
+    assert rates[:60] == [1e-9] * 60
+    assert min(rates[60:]) > 1e-4
+
+
+def test_a_population_goes_on_without_one_that_failed(ray_cluster: None, home: Path, tmp_path: Path) -> None:
+    file = sweep_file(
+        tmp_path,
+        sinusoid(tmp_path, steps=80, validate_every=20),
+        search={"outer_lr": {"grid": [1e-2, 1e30]}},
+        scheduler={"name": "pbt", "interval_steps": 60, "quantile": 0.5},
+        max_concurrent=1,  # the good one waits before the other begins
+        set={"training.max_nonfinite_steps": 2},
+    )
+    outcome = run(file)
+    assert [(trial.status, trial.step) for trial in outcome.trials] == [("finished", 80), ("failed", 3)]
