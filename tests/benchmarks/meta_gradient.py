@@ -28,7 +28,7 @@ from torch import Tensor
 
 from pipeline import experiment as experiments
 from pipeline.errors import UserError
-from pipeline.experiment import Components, Experiment, TrainingConfig
+from pipeline.experiment import Components, Experiment
 from pipeline.training.context import LocalContext
 from pipeline.training.memory import keep_freed_memory
 from pipeline.training.step import global_gradient
@@ -50,7 +50,6 @@ CONV4_PATHS: dict[str, Settings] = {
     "native, mixed": {"kernel": "native", "precision": "mixed"},
 }
 MLP_PATHS: dict[str, Settings] = {"eager": {"compile": False}, "compiled": {"compile": True}}
-PLAIN = {"kernel": "pure", "compile": False}  # what a tree without these keys does
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -149,11 +148,10 @@ class Bench:
         return {name: value.to(self.device) for name, value in parts.algorithm.init(0).params.items()}
 
     def _ours(self, settings: Settings, dtype: torch.dtype) -> Step:
-        known = {k: v for k, v in settings.items() if k in TrainingConfig.model_fields or PLAIN.get(k) != v}
-        experiment = self.case.experiment(self.data, dtype, known)
+        experiment = self.case.experiment(self.data, dtype, settings)
         parts = experiments.build(experiment, device=self.device)
         for key in ("kernel", "precision"):
-            if getattr(parts.model, key, known.get(key)) != known.get(key, getattr(parts.model, key, None)):
+            if key in settings and getattr(parts.model, key) != settings[key]:
                 raise NotImplementedError(f"this machine computes with {getattr(parts.model, key)} instead")
         batch = parts.family.sample("meta_train", 0, torch.arange(self.case.tasks), seed=0)
         state = MetaState({name: value.requires_grad_() for name, value in self._params(parts).items()}, {})
