@@ -17,6 +17,7 @@ import yaml
 from jsonschema import Draft202012Validator
 
 from pipeline import experiment as experiments
+from pipeline.launch import AUTOSCALING_VARIABLE
 from tests.conftest import REPOSITORY
 
 KUBERAY = REPOSITORY / "infra" / "kuberay"
@@ -159,6 +160,57 @@ def test_overlays_hold_what_their_names_say(overlay: str) -> None:
     (head,) = cluster["headGroupSpec"]["template"]["spec"]["containers"]
     assert head["image"] == worker["image"]
     assert "nvidia.com/gpu" not in head["resources"]["limits"]
+
+
+def settings() -> dict[str, str]:
+    """The variables of settings.env, which become the ConfigMap metapipe-settings."""
+    lines = (KUBERAY / "base" / "cluster" / "settings.env").read_text().splitlines()
+    return dict(line.partition("=")[::2] for line in lines if line and not line.startswith("#"))
+
+
+def clusters(content: Any) -> Iterator[dict[str, Any]]:
+    """The specs of all Ray clusters within."""
+    if isinstance(content, dict):
+        if "workerGroupSpecs" in content:
+            yield content
+        for value in content.values():
+            yield from clusters(value)
+
+
+def where_jobs_would_be_refused(cluster: dict[str, Any], variables: dict[str, str]) -> list[str]:
+    """Containers of a cluster that may have fewer workers than it can get, and that don't know that more can come.
+
+    variables: those of metapipe-settings. A job's driver inherits the head's environment, its trials the workers'.
+    """
+    groups = cluster["workerGroupSpecs"]
+    if not cluster.get("enableInTreeAutoscaling"):
+        return []
+    if all(group["minReplicas"] == group["maxReplicas"] for group in groups):
+        return []
+    found = []
+    for spec in pod_specs(cluster):
+        for container in spec["containers"]:
+            maps = [entry.get("configMapRef", {}).get("name") for entry in container.get("envFrom", [])]
+            environment = variables if "metapipe-settings" in maps else {}
+            environment = environment | {entry["name"]: entry.get("value", "") for entry in container.get("env", [])}
+            if environment.get(AUTOSCALING_VARIABLE) != "1":
+                found.append(container["name"])
+    return found
+
+
+def test_jobs_wait_for_workers_that_are_not_there_yet() -> None:
+    cluster = source("RayCluster")["spec"]
+    assert where_jobs_would_be_refused(cluster, settings()) == []
+    assert where_jobs_would_be_refused(cluster, {}) == ["ray-head", "ray-worker"]
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_jobs_of_every_overlay_wait_for_workers(overlay: str) -> None:
+    contents = rendered(overlay)
+    maps = [content for content in contents if content["kind"] == "ConfigMap"]
+    variables = maps[0]["data"] if maps else settings()  # of the standing cluster, beside which the job runs
+    (cluster,) = (cluster for content in contents for cluster in clusters(content))
+    assert where_jobs_would_be_refused(cluster, variables) == []
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)
