@@ -17,6 +17,7 @@ import yaml
 from jsonschema import Draft202012Validator
 
 from pipeline import experiment as experiments
+from pipeline import sweep as sweeps
 from pipeline.launch import AUTOSCALING_VARIABLE
 from tests.conftest import REPOSITORY
 
@@ -283,13 +284,14 @@ def test_ray_is_the_version_that_is_installed() -> None:
     assert f"\nray=={source('RayCluster')['spec']['rayVersion']}\n" in constraints
 
 
-@pytest.mark.parametrize("overlay", [name for name in OVERLAYS if name.startswith("train")])
-def test_the_training_jobs_commands_are_accepted(overlay: str) -> None:
+@pytest.mark.parametrize("overlay", [name for name in OVERLAYS if name.startswith(("train", "tune"))])
+def test_the_jobs_commands_are_accepted(overlay: str) -> None:
     (job,) = (content for content in rendered(overlay) if content["kind"] == "RayJob")
     program, command, config, *options = shlex.split(job["spec"]["entrypoint"])
-    assert (program, command) == ("metapipe", "train")
+    assert (program, command) == ("metapipe", overlay.partition("-")[0])
     assert options[::2] == ["--set"] * (len(options) // 2)
     file = REPOSITORY / config.removeprefix("/opt/metapipe/")
-    experiment = experiments.load(file, options[1::2])
+    load = experiments.load if command == "train" else lambda *words: sweeps.load(*words).base
+    experiment = load(file, options[1::2])
     assert experiment.tracking.runs.startswith("s3://metapipe/")
     assert experiment.training.use_gpu == ("gpu" in overlay)
