@@ -12,6 +12,8 @@ import jsonschema
 import pytest
 import yaml
 
+from pipeline import experiment as experiments
+from pipeline import placement
 from pipeline.launch import AUTOSCALING_VARIABLE
 from tests.conftest import REPOSITORY
 
@@ -59,6 +61,17 @@ def test_ray_knows_the_options_it_is_started_with(name: str) -> None:
         words = shlex.split(commands[-1].partition("; ")[2])
         assert words[:2] == ["ray", "start"]
         assert {word.partition("=")[0] for word in words[2:]} <= known
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_the_jobs_command_in_its_head_is_accepted(name: str) -> None:
+    """Also by the check of where data and runs lie, which refuses a configuration's relative paths."""
+    head = (FOLDER / name).read_text().partition("\ncluster_name")[0].replace("\\\n#", " ")
+    (command,) = (line.strip("# ") for line in head.splitlines() if "metapipe submit" in line)
+    _, _, job = command.partition(" train ")
+    config, *options = shlex.split(job)
+    assert options[::2] == ["--set"] * (len(options) // 2)
+    assert placement.check_storage(experiments.load(REPOSITORY / config, options[1::2])) == []
 
 
 @pytest.mark.parametrize("name", FILES)
