@@ -214,6 +214,39 @@ def test_jobs_of_every_overlay_wait_for_workers(overlay: str) -> None:
     assert where_jobs_would_be_refused(cluster, variables) == []
 
 
+def ends_of_workers(cluster: dict[str, Any]) -> Iterator[tuple[list[str], int]]:
+    """What each worker's pod does before SIGTERM, and how many seconds it has for that and its end."""
+    for group in cluster["workerGroupSpecs"]:
+        spec = group["template"]["spec"]
+        for container in spec["containers"]:
+            hook = container.get("lifecycle", {}).get("preStop", {}).get("exec", {})
+            yield hook.get("command", []), spec["terminationGracePeriodSeconds"]
+
+
+def assert_workers_are_drained(cluster: dict[str, Any]) -> None:
+    copied = [line.split() for line in (REPOSITORY / "infra" / "docker" / "Dockerfile").read_text().splitlines()]
+    in_image = {words[2]: words[1] for words in copied if words[:1] == ["COPY"] and len(words) == 3}
+    for command, grace in ends_of_workers(cluster):
+        python, script, option, seconds = command
+        assert python == "python"
+        assert (REPOSITORY / in_image[script]).name == "drain_node.py"
+        assert option == "--seconds"
+        assert int(seconds) + 20 <= grace  # Ray's own end comes after it
+    for spec in pod_specs(cluster["headGroupSpec"]):
+        assert not any("lifecycle" in container for container in spec["containers"])  # its end is the cluster's
+
+
+def test_workers_write_a_checkpoint_before_their_pod_ends() -> None:
+    """SIGTERM is too late for it: Ray ends workers at once."""
+    assert_workers_are_drained(source("RayCluster")["spec"])
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_workers_of_every_overlay_write_a_checkpoint_before_their_pod_ends(overlay: str) -> None:
+    (cluster,) = (cluster for content in rendered(overlay) for cluster in clusters(content))
+    assert_workers_are_drained(cluster)
+
+
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_pods_have_no_more_rights_than_they_need(overlay: str) -> None:
     """Kubernetes' `restricted` standard, which the namespace enforces."""
