@@ -237,9 +237,14 @@ def _resources(sweep: Sweep) -> dict[str, float]:
 
 
 def _room(sweep: Sweep) -> int:
-    """How many trials the cluster holds at once; one that waits for its workers would hold up the others' too."""
+    """How many trials the cluster holds at once; one that waits for its workers would hold up the others' too.
+
+    All of them where the cluster grows with what waits: it may hold none now.
+    """
     import ray
 
+    if os.environ.get(launch.AUTOSCALING_VARIABLE):
+        return sweep.settings.trials if sweep.settings.searcher == "optuna" else len(sweep.trials())
     training, available = sweep.base.training, ray.cluster_resources()
     workers = max(1, sweep.settings.workers_per_trial)
     room = available.get("CPU", 0) // (workers * training.cpus_per_worker)

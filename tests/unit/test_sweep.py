@@ -149,3 +149,29 @@ def test_a_sweep_may_be_given_more_trials_and_time_later(tmp_path: Path) -> None
     assert load(tmp_path, trials=5, budget_minutes=3.0, max_concurrent=1).to_dict() == before
     assert load(tmp_path, seed=1).to_dict() != before
     assert load(tmp_path, "training.steps=20").to_dict() != before
+
+
+@pytest.mark.parametrize(
+    ("settings", "now", "grown"),
+    [
+        ({"trials": 5}, 1, 5),
+        ({"trials": 5, "searcher": "optuna"}, 1, 5),
+        ({"trials": 5, "search": {**RATES, "seed": {"grid": [1, 2]}}}, 1, 10),
+        ({"trials": 5, "workers_per_trial": 2}, 1, 5),
+    ],
+)
+def test_a_cluster_that_grows_is_asked_for_every_trial_at_once(
+    settings: dict[str, Any], now: int, grown: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may have no workers yet: the trials that wait are what makes it grow."""
+    import ray
+
+    from pipeline import launch, tuning
+
+    sweep = load(tmp_path, **settings)
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 1.0})
+    monkeypatch.delenv(launch.AUTOSCALING_VARIABLE, raising=False)
+    assert tuning._room(sweep) == now
+    monkeypatch.setattr(ray, "cluster_resources", dict)
+    monkeypatch.setenv(launch.AUTOSCALING_VARIABLE, "1")
+    assert tuning._room(sweep) == grown
