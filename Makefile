@@ -36,7 +36,7 @@ lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/mypy infra/scaling
+	$(BIN)/mypy infra/scaling infra/docker
 
 # a hundred random kills on several processes, ten under Ray; half an hour
 soak: setup

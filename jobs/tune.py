@@ -48,7 +48,9 @@ def _changes(budget: str | None) -> dict[str, Any]:
         return {}
     number = budget.removesuffix("m")
     try:
-        return {"budget_minutes": float(number)} if budget.endswith("m") else {"trials": int(number)}
+        if budget.endswith("m"):
+            return {"budget_minutes": float(number)}
+        return {"trials": int(number), "max_trials": int(number)}
     except ValueError:
         raise ConfigError(f"--budget {budget}: write a number of trials (12), or minutes (30m).") from None
 

@@ -204,12 +204,16 @@ def build(experiment: Experiment, *, device: torch.device) -> Components:
     return Components(family, model, experiment.algorithm.build(model=model, objective=family.objective))
 
 
-def check_fits(experiment: Experiment) -> str:
+def check_fits(experiment: Experiment, *, under_ray: bool | None = None) -> str:
     """Check everything that can be checked before any worker starts; returns the data set's digest.
+
+    under_ray: whether Ray starts what trains; None: as the backend says. A Ray cluster may have GPUs that are not here.
 
     Raises UserError as `build` does, and where the data set's bytes are damaged.
     """
-    elsewhere = experiment.training.backend == "ray" and "RAY_ADDRESS" in os.environ
+    if under_ray is None:
+        under_ray = experiment.training.backend == "ray"
+    elsewhere = under_ray and "RAY_ADDRESS" in os.environ
     if experiment.training.use_gpu and not elsewhere and not torch.cuda.is_available():
         raise ConfigError("training.use_gpu: true, but no CUDA device is visible here. Set it to false.")
     digest = experiment.task.verify()

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from pipeline import errors
+from pipeline import errors, storage
 from pipeline.errors import ConfigError, Interrupted, StopRequested, TrainingStopped, UserError, WorkerLost
 from pipeline.experiment import Experiment, TrainingConfig
-from pipeline.runs import STOP_FILE, RunFolder
+from pipeline.runs import PLACE_FILE, STOP_FILE, RunFolder
 from pipeline.training.context import LocalContext, RayContext, StopSignals, run_processes, torch_config
 from pipeline.training.loop import train, train_worker
 
@@ -89,7 +89,10 @@ def ray_cluster(cpus: int) -> Iterator[None]:
     if address and address.startswith("http"):
         address = None  # of a job server, for `metapipe submit`
     import ray
+    from ray._private import auto_init_hook
 
+    # after an interrupt a thread may still call Ray, which would then join or start a cluster, and wait there
+    auto_init_hook.enable_auto_connect = False
     if ray.is_initialized():
         yield
         return
@@ -211,6 +214,7 @@ def _ray_worker(config: dict[str, Any]) -> None:
     run = RunFolder(config["run"])
     if run.read().get("stopped"):
         return  # a rank of the group before this one met what a restart does not mend
+    _note_place(run)
     context = RayContext(run_name=f"{run.path.parent.name}/{run.path.name}", stop_file=run.path / STOP_FILE)
     try:
         train_worker(context, config["experiment"], config["run"])
@@ -223,6 +227,30 @@ def _ray_worker(config: dict[str, Any]) -> None:
     except UserError as error:
         _note(run, None, error)  # this rank alone: the others are in the all-reduce, only raising ends the group
         raise
+
+
+def _note_place(run: RunFolder) -> None:
+    """Leave the run's folder what `free_place` needs."""
+    import ray.train
+    from ray.util import get_current_placement_group
+
+    group = get_current_placement_group()
+    if group is not None and ray.train.get_context().get_world_rank() == 0:
+        storage.write(run.path / PLACE_FILE, group.id.hex())
+
+
+def free_place(run: RunFolder) -> None:
+    """End the workers of a run whose driver is gone, and free what they hold of the cluster.
+
+    Ray Train's own cleaner asks the cluster's state server, which a private cluster does not have and which is not
+    always found on another.
+    """
+    from ray._raylet import PlacementGroupID
+    from ray.util.placement_group import PlacementGroup, remove_placement_group
+
+    place = run.path / PLACE_FILE
+    if place.exists():
+        remove_placement_group(PlacementGroup(PlacementGroupID(bytes.fromhex(place.read_text()))))
 
 
 def _note(run: RunFolder, context: RayContext | None, error: UserError) -> None:

@@ -34,6 +34,7 @@ from pipeline.storage import Location, ObjectPath
 from pipeline.training.checkpoint import CheckpointStore
 
 RUN_FILE, CONFIG_FILE, JOURNAL_FILE, STOP_FILE = "run.json", "config.yaml", "metrics.jsonl", "stop"
+PLACE_FILE = "place"  # on a Ray cluster: see `launch.free_place`
 CLAIM_FILE = ".claim.json"
 CLAIM_SECONDS = 5.0  # between the signs of life of a claim in an object store
 CLAIM_LOST_SECONDS = 20.0  # without one, its process is taken for dead

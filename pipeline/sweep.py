@@ -107,6 +107,7 @@ class SweepConfig(Section):
         name="none"
     )
     trials: int = Field(default=8, ge=1)  # draws; with grids, draws for each of their combinations
+    max_trials: int | None = Field(default=None, ge=1)  # of all of these, the first so many
     max_concurrent: int | None = Field(default=None, ge=1)  # trials at once; None: as many as there is room for
     workers_per_trial: int = Field(default=0, ge=0)  # 0: a trial trains in one process; n: on n Ray Train workers
     budget_minutes: float | None = Field(default=None, gt=0)  # no trial starts or goes on after it
@@ -177,16 +178,18 @@ class Sweep:
             random = np.random.default_rng([self.settings.seed, i])
             draw = {key: self.search[key].draw(random) for key in drawn}
             trials += [{key: {**combination, **draw}[key] for key in self.search} for combination in combinations]
-        return trials
+        return trials[: self.settings.max_trials]
 
     def to_dict(self) -> dict[str, Any]:
         """What must be the same for a sweep to be gone on with."""
         settings = self.settings.model_dump(mode="json")
-        for name in ("experiment", "set", "trials", "max_concurrent", "budget_minutes"):
+        for name in ("experiment", "set", "trials", "max_trials", "max_concurrent", "budget_minutes"):
             del settings[name]  # the base holds the first two; the others may be raised
-        return {**settings, "search": {k: v.model_dump(exclude_none=True) for k, v in self.search.items()}} | {
-            "base": {k: v for k, v in self._base.items() if k != "tracking"}
-        }
+        base = {key: value for key, value in self._base.items() if key != "tracking"}
+        # nor where a network's code lies: each job on a cluster unpacks it anew
+        base["model"] = {key: value for key, value in base.get("model", {}).items() if key != "folder"}
+        search = {key: domain.model_dump(exclude_none=True) for key, domain in self.search.items()}
+        return {**settings, "search": search, "base": base}
 
 
 def load(path: str | Path, overrides: Iterable[str] = (), changes: Mapping[str, Any] | None = None) -> Sweep:

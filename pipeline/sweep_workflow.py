@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 from pipeline import config, launch, results, runs, storage, sweep_pictures, tuning, workflow
 from pipeline import experiment as experiments
-from pipeline.errors import ConfigError, TrackingError, TrainingStopped
+from pipeline.errors import ConfigError, TrackingError, TrainingStopped, UserError
 from pipeline.runs import RunFolder
 from pipeline.storage import Location
 from pipeline.sweep import Params, Sweep
@@ -74,7 +74,7 @@ def tune(sweep: Sweep, *, fresh: bool = False, say: Callable[[str], None] = prin
     keep_freed_memory()
     sweep = sweep.absolute()
     base = sweep.base
-    data_digest = experiments.check_fits(base)
+    data_digest = experiments.check_fits(base, under_ray=True)
     tracker = Tracker()
     parent = storage.location(base.tracking.runs).absolute() / sweep.settings.name
     with runs.claimed(parent):
@@ -136,14 +136,16 @@ def _open_log(sweep: Sweep, folder: RunFolder, tracker: Tracker) -> RunLog:
 def _run(sweep: Sweep, folder: RunFolder, data_digest: str, say: Callable[[str], None]) -> None:
     deadline = time.monotonic() + 60 * (sweep.settings.budget_minutes or float("inf"))
 
-    def ended(name: str, status: str) -> None:
+    def ended(name: str, status: str, error: str) -> None:
         run = RunFolder(folder.path / "trials" / name)
         facts = run.read() if run.exists else {}
         if status == tuning.STOPPED and facts.get("status") == tuning.RUNNING and time.monotonic() < deadline:
             facts = run.update(status=status)  # by the scheduler; one that ran out of time may be gone on with
         if status == tuning.FINISHED and facts.get("status") == tuning.RUNNING:
             facts = run.update(status=status)  # ended by the scheduler at its last step
-        reason = f": {facts['error']}" if facts.get("error") else ""
+        if status == tuning.FAILED and facts.get("status") == tuning.RUNNING:
+            facts = run.update(status=status, error=error)  # its process died, and could not write that itself
+        reason = f": {facts.get('error') or error}" if facts.get("error") or error else ""
         say(f"trial {name} {facts.get('status', status)}, {_shown(facts.get('params', {}))}{reason}")
 
     known = [trial.params for trial in trials_of(folder, sweep)]
@@ -224,7 +226,7 @@ def _following(
 
     def follow() -> None:
         while not done.wait(FOLLOW_SECONDS):
-            with suppress(TrackingError, OSError):  # looked at again the next time
+            with suppress(UserError, OSError):  # a server or a store that does not answer: again the next time
                 look()
 
     follower = threading.Thread(target=follow, name="trials", daemon=True)

@@ -11,15 +11,19 @@ import os
 import secrets
 import tempfile
 import threading
+import time
 import traceback
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline import experiment as experiments
 from pipeline import launch, storage
-from pipeline.errors import Interrupted
+from pipeline.credentials import redacted
+from pipeline.errors import Interrupted, StopRequested, UserError
 from pipeline.experiment import Components, Experiment
 from pipeline.runs import RunFolder
 from pipeline.sweep import ASHA, PBT, MedianStopping, Params, Range, Sweep, digest
@@ -33,6 +37,7 @@ if TYPE_CHECKING:
 
 DRIVER_MEMORY = 256 << 20  # bytes; what the driver of a distributed trial claims, so that it takes no worker's CPU
 FOLLOW_SECONDS = 0.5
+STOP_SECONDS = 5.0  # for the workers of a trial that was stopped, to end by themselves
 RUNNING, FINISHED, STOPPED, FAILED = "running", "finished", "stopped", "failed"
 
 
@@ -42,11 +47,12 @@ def run_trials(
     *,
     data_digest: str,
     known: Sequence[Params],
-    on_end: Callable[[str, str], None],
+    on_end: Callable[[str, str, str], None],
 ) -> None:
     """Run every trial under `folder`, which holds a run folder for each; returns when all have ended.
 
-    known: what earlier attempts have drawn (searcher optuna). on_end: is told a trial's name and status.
+    known: what earlier attempts have drawn (searcher optuna). on_end: is told a trial's name and status, and
+    why its process died.
 
     A trial that fails ends no other. Raises Interrupted.
     """
@@ -74,7 +80,7 @@ def _fit(
     folder: storage.Location,
     data_digest: str,
     known: Sequence[Params],
-    on_end: Callable[[str, str], None],
+    on_end: Callable[[str, str, str], None],
 ) -> ResultGrid:
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # the new one prints to standard output, which is for results
     from ray import tune
@@ -110,7 +116,7 @@ def _fit(
             name=secrets.token_hex(4),
             storage_path=str(folder.parent / "ray"),
             failure_config=tune.FailureConfig(max_failures=training.max_failures),
-            callbacks=[_callback(on_end, training.steps)],
+            callbacks=[_callback(sweep, folder, on_end)],
             verbose=0,
         ),
     )
@@ -143,9 +149,25 @@ def _domain(domain: Range) -> Any:
 def _optuna(sweep: Sweep, known: Sequence[Params]) -> Any:
     from ray.tune.search.optuna import OptunaSearch
 
+    class Named(OptunaSearch):
+        """Gives every trial a name, and so a folder, of its own, also where the same values are drawn again."""
+
+        def __init__(self, **settings: Any) -> None:
+            super().__init__(**settings)
+            self._drawn: Counter[str] = Counter()
+
+        def suggest(self, trial_id: str) -> Any:
+            suggested = super().suggest(trial_id)
+            if not isinstance(suggested, dict):  # nothing now, or nothing more
+                return suggested
+            name = digest(suggested["params"])
+            self._drawn[name] += 1
+            again = f"-{self._drawn[name]}" if self._drawn[name] > 1 else ""
+            return {**suggested, "trial": name + again}
+
     first = [{f"params/{key}": value for key, value in params.items()} for params in known]
     seed = sweep.settings.seed + len(known)  # else it would draw first what it drew first
-    return OptunaSearch(metric="score", mode="max", seed=seed, points_to_evaluate=first or None)
+    return Named(metric="score", mode="max", seed=seed, points_to_evaluate=first or None)
 
 
 def _scheduler(sweep: Sweep) -> Any:
@@ -165,6 +187,8 @@ def _scheduler(sweep: Sweep) -> Any:
         )
     if isinstance(settings, PBT):
         import random
+
+        random.seed(sweep.settings.seed)  # Ray's own draws, whom to copy and how to perturb, come from this one
 
         def draws(domain: Range) -> Callable[[], Any] | list[Any]:
             values = domain.choice or domain.grid
@@ -213,9 +237,14 @@ def _resources(sweep: Sweep) -> dict[str, float]:
 
 
 def _room(sweep: Sweep) -> int:
-    """How many trials the cluster holds at once; one that waits for its workers would hold up the others' too."""
+    """How many trials the cluster holds at once; one that waits for its workers would hold up the others' too.
+
+    All of them where the cluster grows with what waits: it may hold none now.
+    """
     import ray
 
+    if os.environ.get(launch.AUTOSCALING_VARIABLE):
+        return sweep.settings.trials if sweep.settings.searcher == "optuna" else len(sweep.trials())
     training, available = sweep.base.training, ray.cluster_resources()
     workers = max(1, sweep.settings.workers_per_trial)
     room = available.get("CPU", 0) // (workers * training.cpus_per_worker)
@@ -224,23 +253,39 @@ def _room(sweep: Sweep) -> int:
     return max(1, int(room))
 
 
-def _callback(on_end: Callable[[str, str], None], steps: int) -> Any:
+def _callback(sweep: Sweep, folder: storage.Location, on_end: Callable[[str, str, str], None]) -> Any:
     from ray import tune
 
     class Ends(tune.Callback):
         def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
             reached = (trial.last_result or {}).get("step", 0)
-            on_end(trial_name(trial.config), FINISHED if reached >= steps else STOPPED)
+            ended(trial_name(trial.config), FINISHED if reached >= sweep.base.training.steps else STOPPED, "")
 
         def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
-            on_end(trial_name(trial.config), FAILED)
+            lines = Path(trial.error_file).read_text().strip().splitlines() if trial.error_file else []
+            ended(trial_name(trial.config), FAILED, redacted(lines[-1] if lines else "its process died"))
+
+    def ended(name: str, status: str, error: str) -> None:
+        on_end(name, status, error)
+        if sweep.settings.workers_per_trial:
+            run = RunFolder(folder / name)
+            if status != FINISHED:
+                run.request_stop()  # they write a checkpoint; another group that Ray may start for them ends as well
+            threading.Thread(target=_make_room, args=(run,), daemon=True).start()
 
     return Ends()
 
 
+def _make_room(run: RunFolder) -> None:
+    """For other trials, where the workers of one are that a scheduler has ended, be it at its last step."""
+    time.sleep(STOP_SECONDS)
+    with suppress(RuntimeError, UserError, OSError):  # the cluster has ended meanwhile
+        launch.free_place(run)
+
+
 def trial_name(config: dict[str, Any]) -> str:
-    """The folder of a trial: its number where trials are listed beforehand, else a digest of what was drawn."""
-    return config["chosen"]["trial"] if "chosen" in config else digest(config["params"])
+    """The folder of a trial: its number where trials are listed beforehand, else from a digest of what was drawn."""
+    return config["chosen"]["trial"] if "chosen" in config else config["trial"]
 
 
 # --- in the trial's process
@@ -277,6 +322,8 @@ def _trial(config: dict[str, Any]) -> None:
             _report({"step": told, "score": sign * record[key]}, run if perturbed else None)
 
     try:
+        if sweep.settings.workers_per_trial:
+            launch.free_place(run)  # of workers whose driver, an earlier process of this trial, has died
         for record in journal.read(run.journal):
             tell(record)
         if facts["status"] == FAILED:
@@ -287,9 +334,12 @@ def _trial(config: dict[str, Any]) -> None:
             _train_distributed(exp, run, tell)
         else:
             train(TrialContext("cuda" if exp.training.use_gpu else "cpu", tell), exp, run)
+    except StopRequested:
+        pass  # by the scheduler or the time that is up: the driver of the sweep knows
     except Exception as error:
         # noted and not raised: Ray would start it again, as it does where the process died
-        run.update(status=FAILED, error=f"{type(error).__name__}: {error}", traceback=traceback.format_exc())
+        said = redacted(f"{type(error).__name__}: {error}")
+        run.update(status=FAILED, error=said, traceback=redacted(traceback.format_exc()))
         _report({"step": told + 1, "score": -math.inf}, run if perturbed else None)
     else:
         run.update(status=FINISHED)

@@ -179,6 +179,34 @@ def test_what_is_mounted_exists() -> None:
                 assert source in volumes, source
 
 
+def refused_secrets(files: list[dict[str, Any]]) -> list[str]:
+    """Services that compose would not start: one that is read-only can be given a file as a secret and nothing else."""
+    found = []
+    for kind in ("secrets", "configs"):
+        sources = {name: source for file in files for name, source in file.get(kind, {}).items()}
+        for file in files:
+            for name, service in file["services"].items():
+                given = [entry if isinstance(entry, str) else entry["source"] for entry in service.get(kind, [])]
+                if service.get("read_only") and any({"environment", "content"} & set(sources[item]) for item in given):
+                    found.append(name)
+    return found
+
+
+def test_no_read_only_service_is_given_a_secret_from_the_environment() -> None:
+    contents = [read(file) for file in FILES]
+    assert refused_secrets(contents) == []
+    contents[2]["services"]["prometheus"]["read_only"] = True  # a planted fault
+    assert refused_secrets(contents) == ["prometheus"]
+
+
+def test_these_are_all_compose_files() -> None:
+    assert set(FILES) == {file for file in (REPOSITORY / "infra").rglob("*.y*ml") if "services" in top_keys(file)}
+
+
+def top_keys(file: Path) -> set[str]:
+    return set(re.findall(r"^(\w+):", file.read_text(), re.MULTILINE))
+
+
 SERVE = {
     "PGHOST": "127.0.0.1",
     "PGDATABASE": "m",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -116,6 +117,39 @@ def test_ray_asks_for_a_token_in_the_image(parsed: list[Instruction]) -> None:
     env = " ".join(i.rest for i in parsed if i.word == "ENV")
     assert "RAY_AUTH_MODE=token" in env
     assert "MLFLOW_ALLOW_PICKLE_DESERIALIZATION=false" in env
+
+
+def packages(parsed: list[Instruction]) -> set[str]:
+    """Debian's packages in the last stage."""
+    last_stage = max(n for n, i in enumerate(parsed) if i.word == "FROM")
+    text = " ".join(i.rest for i in parsed[last_stage:] if i.word == "RUN")
+    return {word for found in re.findall(r"apt-get install ([^&]*)", text) for word in found.split() if word[0] != "-"}
+
+
+def test_rays_launcher_finds_what_it_calls(parsed: list[Instruction]) -> None:
+    """`ray up` copies by rsync, and its head starts workers by ssh, from within the container."""
+    assert {"openssh-client", "rsync"} <= packages(parsed)
+
+
+def test_a_login_shell_finds_our_commands(parsed: list[Instruction], tmp_path: Path) -> None:
+    """`ray up` runs every command in one, and Debian's /etc/profile sets PATH anew before it reads profile.d."""
+    from ray.autoscaler._private.command_runner import _with_interactive
+
+    assert _with_interactive("ray start")[:2] == ["bash", "--login"]
+    (run,) = (i.rest for i in parsed if i.word == "RUN" and "/etc/profile.d/" in i.rest)
+    (step,) = (step for step in run.split(" && ") if "/etc/profile.d/" in step)
+    script = tmp_path / "metapipe.sh"
+    written = step.replace("/etc/profile.d/metapipe.sh", shlex.quote(str(script)))
+    subprocess.run(["/bin/sh", "-c", written], check=True, env={"PATH": "/the/builders"})
+    debians = "/usr/local/bin:/usr/bin:/bin"
+    shown = subprocess.run(
+        ["/bin/sh", "-c", f'. {shlex.quote(str(script))}; echo "$PATH"'],
+        env={"PATH": debians},
+        capture_output=True,
+        text=True,
+    )
+    (image_path,) = (m[1] for i in parsed if i.word == "ENV" and (m := re.search(r"(?:^| )PATH=(\S+):\$PATH", i.rest)))
+    assert shown.stdout.strip() == f"{image_path}:{debians}"
 
 
 def test_what_it_copies_exists_and_is_let_through(parsed: list[Instruction]) -> None:

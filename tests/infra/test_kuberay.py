@@ -17,6 +17,8 @@ import yaml
 from jsonschema import Draft202012Validator
 
 from pipeline import experiment as experiments
+from pipeline import sweep as sweeps
+from pipeline.launch import AUTOSCALING_VARIABLE
 from tests.conftest import REPOSITORY
 
 KUBERAY = REPOSITORY / "infra" / "kuberay"
@@ -161,6 +163,90 @@ def test_overlays_hold_what_their_names_say(overlay: str) -> None:
     assert "nvidia.com/gpu" not in head["resources"]["limits"]
 
 
+def settings() -> dict[str, str]:
+    """The variables of settings.env, which become the ConfigMap metapipe-settings."""
+    lines = (KUBERAY / "base" / "cluster" / "settings.env").read_text().splitlines()
+    return dict(line.partition("=")[::2] for line in lines if line and not line.startswith("#"))
+
+
+def clusters(content: Any) -> Iterator[dict[str, Any]]:
+    """The specs of all Ray clusters within."""
+    if isinstance(content, dict):
+        if "workerGroupSpecs" in content:
+            yield content
+        for value in content.values():
+            yield from clusters(value)
+
+
+def where_jobs_would_be_refused(cluster: dict[str, Any], variables: dict[str, str]) -> list[str]:
+    """Containers of a cluster that may have fewer workers than it can get, and that don't know that more can come.
+
+    variables: those of metapipe-settings. A job's driver inherits the head's environment, its trials the workers'.
+    """
+    groups = cluster["workerGroupSpecs"]
+    if not cluster.get("enableInTreeAutoscaling"):
+        return []
+    if all(group["minReplicas"] == group["maxReplicas"] for group in groups):
+        return []
+    found = []
+    for spec in pod_specs(cluster):
+        for container in spec["containers"]:
+            maps = [entry.get("configMapRef", {}).get("name") for entry in container.get("envFrom", [])]
+            environment = variables if "metapipe-settings" in maps else {}
+            environment = environment | {entry["name"]: entry.get("value", "") for entry in container.get("env", [])}
+            if environment.get(AUTOSCALING_VARIABLE) != "1":
+                found.append(container["name"])
+    return found
+
+
+def test_jobs_wait_for_workers_that_are_not_there_yet() -> None:
+    cluster = source("RayCluster")["spec"]
+    assert where_jobs_would_be_refused(cluster, settings()) == []
+    assert where_jobs_would_be_refused(cluster, {}) == ["ray-head", "ray-worker"]
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_jobs_of_every_overlay_wait_for_workers(overlay: str) -> None:
+    contents = rendered(overlay)
+    maps = [content for content in contents if content["kind"] == "ConfigMap"]
+    variables = maps[0]["data"] if maps else settings()  # of the standing cluster, beside which the job runs
+    (cluster,) = (cluster for content in contents for cluster in clusters(content))
+    assert where_jobs_would_be_refused(cluster, variables) == []
+
+
+def ends_of_workers(cluster: dict[str, Any]) -> Iterator[tuple[list[str], int]]:
+    """What each worker's pod does before SIGTERM, and how many seconds it has for that and its end."""
+    for group in cluster["workerGroupSpecs"]:
+        spec = group["template"]["spec"]
+        for container in spec["containers"]:
+            hook = container.get("lifecycle", {}).get("preStop", {}).get("exec", {})
+            yield hook.get("command", []), spec["terminationGracePeriodSeconds"]
+
+
+def assert_workers_are_drained(cluster: dict[str, Any]) -> None:
+    copied = [line.split() for line in (REPOSITORY / "infra" / "docker" / "Dockerfile").read_text().splitlines()]
+    in_image = {words[2]: words[1] for words in copied if words[:1] == ["COPY"] and len(words) == 3}
+    for command, grace in ends_of_workers(cluster):
+        python, script, option, seconds = command
+        assert python == "python"
+        assert (REPOSITORY / in_image[script]).name == "drain_node.py"
+        assert option == "--seconds"
+        assert int(seconds) + 20 <= grace  # Ray's own end comes after it
+    for spec in pod_specs(cluster["headGroupSpec"]):
+        assert not any("lifecycle" in container for container in spec["containers"])  # its end is the cluster's
+
+
+def test_workers_write_a_checkpoint_before_their_pod_ends() -> None:
+    """SIGTERM is too late for it: Ray ends workers at once."""
+    assert_workers_are_drained(source("RayCluster")["spec"])
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_workers_of_every_overlay_write_a_checkpoint_before_their_pod_ends(overlay: str) -> None:
+    (cluster,) = (cluster for content in rendered(overlay) for cluster in clusters(content))
+    assert_workers_are_drained(cluster)
+
+
 @pytest.mark.parametrize("overlay", OVERLAYS)
 def test_pods_have_no_more_rights_than_they_need(overlay: str) -> None:
     """Kubernetes' `restricted` standard, which the namespace enforces."""
@@ -231,13 +317,14 @@ def test_ray_is_the_version_that_is_installed() -> None:
     assert f"\nray=={source('RayCluster')['spec']['rayVersion']}\n" in constraints
 
 
-@pytest.mark.parametrize("overlay", [name for name in OVERLAYS if name.startswith("train")])
-def test_the_training_jobs_commands_are_accepted(overlay: str) -> None:
+@pytest.mark.parametrize("overlay", [name for name in OVERLAYS if name.startswith(("train", "tune"))])
+def test_the_jobs_commands_are_accepted(overlay: str) -> None:
     (job,) = (content for content in rendered(overlay) if content["kind"] == "RayJob")
     program, command, config, *options = shlex.split(job["spec"]["entrypoint"])
-    assert (program, command) == ("metapipe", "train")
+    assert (program, command) == ("metapipe", overlay.partition("-")[0])
     assert options[::2] == ["--set"] * (len(options) // 2)
     file = REPOSITORY / config.removeprefix("/opt/metapipe/")
-    experiment = experiments.load(file, options[1::2])
+    load = experiments.load if command == "train" else lambda *words: sweeps.load(*words).base
+    experiment = load(file, options[1::2])
     assert experiment.tracking.runs.startswith("s3://metapipe/")
     assert experiment.training.use_gpu == ("gpu" in overlay)

@@ -12,6 +12,9 @@ import jsonschema
 import pytest
 import yaml
 
+from pipeline import experiment as experiments
+from pipeline import placement
+from pipeline.launch import AUTOSCALING_VARIABLE
 from tests.conftest import REPOSITORY
 
 FILES = ["aws-gpu.yaml", "on-premise.yaml"]
@@ -61,6 +64,17 @@ def test_ray_knows_the_options_it_is_started_with(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", FILES)
+def test_the_jobs_command_in_its_head_is_accepted(name: str) -> None:
+    """Also by the check of where data and runs lie, which refuses a configuration's relative paths."""
+    head = (FOLDER / name).read_text().partition("\ncluster_name")[0].replace("\\\n#", " ")
+    (command,) = (line.strip("# ") for line in head.splitlines() if "metapipe submit" in line)
+    _, _, job = command.partition(" train ")
+    config, *options = shlex.split(job)
+    assert options[::2] == ["--set"] * (len(options) // 2)
+    assert placement.check_storage(experiments.load(REPOSITORY / config, options[1::2])) == []
+
+
+@pytest.mark.parametrize("name", FILES)
 def test_it_is_closed(name: str) -> None:
     content = read(name)
     options = content["docker"]["run_options"]
@@ -68,6 +82,21 @@ def test_it_is_closed(name: str) -> None:
     assert content["file_mounts"]["~/.ray/auth_token"] == "~/.ray/auth_token"
     assert "--dashboard-host=127.0.0.1" in content["head_start_ray_commands"][-1]
     assert not re.search(r"(?i)(password|secret|auth_token|access_key)\w*=", " ".join(options))
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_jobs_wait_for_workers_exactly_where_workers_may_come(name: str) -> None:
+    """Else a job on a cluster of no workers yet would be refused, or one on a full cluster would wait for ever."""
+    from ray.autoscaler._private.util import prepare_config
+
+    content = prepare_config(read(name))
+    kinds = [
+        kind for kind_name, kind in content["available_node_types"].items() if kind_name != content["head_node_type"]
+    ]
+    grows = any(kind["min_workers"] < kind["max_workers"] for kind in kinds)
+    assert grows == (name == "aws-gpu.yaml")
+    variables = [option for option in content["docker"]["run_options"] if AUTOSCALING_VARIABLE in option]
+    assert variables == ([f"--env={AUTOSCALING_VARIABLE}=1"] if grows else [])
 
 
 def test_gpu_workers_come_and_go() -> None:

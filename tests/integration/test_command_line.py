@@ -144,7 +144,8 @@ def test_data_commands(metapipe: Metapipe, pictures: tuple[Path, Path], tmp_path
     refused(
         metapipe("data", "prepare", "images", "--source", pictures[0], "--out", out), "already exists", "--overwrite"
     )
-    assert "already there" in metapipe("data", "prepare", "images", "--out", out, "--reuse").out
+    again = metapipe("data", "prepare", "images", "--out", out, "--reuse").out
+    assert "already there" in " ".join(again.split()), "lines break where the path has them"
     shard = out / "shards" / "00000.parquet"
     shard.write_bytes(shard.read_bytes()[:-20])
     refused(metapipe("data", "verify", out), "shards/00000.parquet", "truncated")

@@ -12,9 +12,10 @@ import mlflow
 import pytest
 import yaml
 
+from pipeline import experiment as experiments
 from pipeline.runs import RunFolder
 from pipeline.training import journal
-from tests.faults import wait_until
+from tests.faults import assert_same_end, run_to_end, wait_until
 from tests.integration.conftest import images_experiment
 from tests.servers import mlflow_server, process
 
@@ -58,3 +59,6 @@ def test_an_outage_delays_metrics_and_loses_none(image_data: Path, tmp_path: Pat
             assert sorted(delivered) == [(r["step"], r[name]) for r in records if name in r], name
         assert client.get_run(run_id).info.status == "FINISHED"
         assert client.get_model_version_by_alias("tiny", "champion").run_id == run_id
+    (tmp_path / "undisturbed").mkdir()
+    content = exp.to_dict() | {"tracking": {"runs": str(tmp_path / "undisturbed")}}
+    assert_same_end(run, run_to_end(experiments.from_dict(content, source="test")))

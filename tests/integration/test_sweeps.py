@@ -115,7 +115,7 @@ def test_a_grid_with_asha_and_a_trial_that_fails(
 
 
 def test_killed_and_run_again_keeps_what_was_finished(home: Path, tmp_path: Path) -> None:
-    """SIGKILL of the driver, its private cluster with it; TPE goes on with what it knew."""
+    """SIGTERM of the driver, then SIGKILL, its private cluster with it; TPE goes on with what it knew."""
     file = sweep_file(
         tmp_path,
         sinusoid(tmp_path, steps=400, validate_every=20),
@@ -136,10 +136,25 @@ def test_killed_and_run_again_keeps_what_was_finished(home: Path, tmp_path: Path
             (RunFolder(folder / "trials" / name).checkpoints.latest() or 0) >= 100 for name in running
         )
 
-    first = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
-    wait_until(part_of_the_second, seconds=150, watch=first)
-    os.killpg(first.pid, signal.SIGKILL)
-    first.communicate()
+    def start() -> subprocess.Popen[str]:
+        pipe = subprocess.PIPE
+        return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
+
+    first = start()
+    wait_until(
+        lambda: any((RunFolder(folder / "trials" / name).checkpoints.latest() or 0) >= 20 for name in statuses()),
+        watch=first,
+    )
+    first.terminate()
+    _, messages = first.communicate(timeout=60)
+    assert first.returncode == 143, messages
+    assert set(statuses().values()) == {"running"}
+    assert mlflow.MlflowClient().get_run(RunFolder(folder).read()["mlflow_run_id"]).info.status == "KILLED"
+
+    second = start()
+    wait_until(part_of_the_second, seconds=150, watch=second)
+    os.killpg(second.pid, signal.SIGKILL)
+    second.communicate()
     finished = next(name for name, status in statuses().items() if status == "finished")
     interrupted = next(name for name, status in statuses().items() if status == "running")
     before = (folder / "trials" / finished / "metrics.jsonl").read_bytes()
@@ -165,12 +180,51 @@ def test_killed_and_run_again_keeps_what_was_finished(home: Path, tmp_path: Path
         assert sorted(metric.step for metric in history) == list(range(1, 401))
 
 
-def test_trials_on_several_workers(ray_cluster: None, home: Path, tmp_path: Path) -> None:
-    file = sweep_file(tmp_path, sinusoid(tmp_path), search={"inner_lr": {"grid": [0.01, 0.02]}}, workers_per_trial=2)
+def test_trials_on_several_workers(home: Path, tmp_path: Path) -> None:
+    """The workers of a trial that ASHA stops make room for the next one's."""
+    file = sweep_file(
+        tmp_path,
+        sinusoid(tmp_path),
+        search={"outer_lr": {"grid": [1e-2, 1e-9, 1e-8]}},
+        scheduler={"name": "asha", "grace_steps": 5, "reduction_factor": 3},
+        workers_per_trial=2,
+    )
+    command = [sys.executable, "-m", "jobs.tune", str(file), "--json"]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=280)
+    assert ended.returncode == 0, ended.stderr
+    trials = json.loads(ended.stdout)["trials"]
+    assert [trial["status"] for trial in trials] == ["finished", "stopped", "stopped"]
+    for trial in trials:
+        run = RunFolder(tmp_path / "runs" / "sweep" / "001" / "trials" / trial["trial"])
+        assert {record["num_workers"] for record in journal.read(run.journal)} == {2}
+
+
+DYING = """
+import os
+from torch import nn
+def make_net(dies):
+    class Net(nn.Linear):
+        def forward(self, x):
+            if dies:
+                os._exit(9)
+            return super().forward(x)
+    return Net(1, 1)
+"""
+
+
+def test_a_trial_whose_process_dies(ray_cluster: None, home: Path, tmp_path: Path) -> None:
+    (tmp_path / "dying.py").write_text(DYING)
+    base = sinusoid(tmp_path, max_failures=0)
+    base["model"] = {"name": "module", "factory": "dying:make_net", "arguments": {"dies": False}}
+    base["model"]["folder"] = str(tmp_path)
+    file = sweep_file(tmp_path, base, search={"model.arguments.dies": {"grid": [False, True]}})
     outcome = run(file)
-    assert [trial.status for trial in outcome.trials] == ["finished"] * 2
-    for trial in outcome.trials:
-        assert {record["num_workers"] for record in journal.read(trial.run.journal)} == {2}
+    assert [trial.status for trial in outcome.trials] == ["finished", "failed"]
+    assert outcome.trials[1].error
+    sweep_run = RunFolder(outcome.folder).read()
+    child = mlflow.MlflowClient().get_run(sweep_run["children"][outcome.trials[1].name])
+    assert child.info.status == "FAILED"
+    assert child.data.tags["sweep.error"] == outcome.trials[1].error
 
 
 def test_a_population_copies_its_best(ray_cluster: None, home: Path, tmp_path: Path) -> None:

@@ -10,13 +10,17 @@ import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
+
+DRAIN_NODE = Path(__file__).resolve().parents[2] / "infra" / "docker" / "drain_node.py"
 
 # The head runs no workers. `kill` is SIGKILL of a raylet; `restart` is SIGKILL of the head's server and a new one,
 # which finds its state on disk.
 HOLDER = """
-import sys
+import subprocess, sys
 from ray.cluster_utils import Cluster
-from ray._raylet import GcsClient
+
+DRAIN = sys.argv[1]
 
 small = {"object_store_memory": 80_000_000, "include_dashboard": False}
 cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **small})
@@ -29,9 +33,8 @@ for line in sys.stdin:
         case ["kill"]:
             cluster.remove_node(nodes.pop(), allow_graceful=False)
         case ["drain"]:
-            import time
-            client = GcsClient(address=cluster.address)
-            client.drain_node(nodes[-1].node_id, 2, "the machine is taken back", int((time.time() + 60) * 1000))
+            command = [sys.executable, DRAIN, "--seconds", "60", "--node-id", nodes[-1].node_id]
+            subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
         case ["restart"]:
             cluster.head_node.kill_gcs_server()
             cluster.head_node.start_gcs_server()
@@ -55,7 +58,8 @@ class Nodes:
         self._tell("kill")
 
     def drain(self) -> None:
-        """Announce that the node that was added last will be taken away in a minute."""
+        """Take away the node that was added last as a cluster's manager does: its end is announced, and its work has
+        a minute to leave it; the node has ended when this returns."""
         self._tell("drain")
 
     def restart_head(self) -> None:
@@ -86,7 +90,7 @@ def ray_nodes(count: int) -> Iterator[Nodes]:
     # a node that answers no more is known to be dead after two seconds instead of fifteen
     health = {"RAY_health_check_period_ms": "500", "RAY_health_check_failure_threshold": "4"}
     process = subprocess.Popen(
-        [sys.executable, "-c", HOLDER],
+        [sys.executable, "-c", HOLDER, str(DRAIN_NODE)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,

@@ -48,6 +48,38 @@ def test_trials_are_a_function_of_the_seed_and_more_keep_the_first(tmp_path: Pat
     assert len({str(trial) for trial in trials}) == 5
 
 
+def test_the_first_trials_of_a_grid(tmp_path: Path) -> None:
+    search = {"inner_lr": {"grid": [0.1, 0.2, 0.3]}, "outer_lr": {"log_uniform": [1e-4, 1e-2]}}
+    everything = load(tmp_path, search=search, trials=2).trials()
+    assert len(everything) == 6
+    assert load(tmp_path, search=search, trials=4, max_trials=4).trials() == everything[:4]
+
+
+def test_a_point_that_is_drawn_again_is_another_trial(tmp_path: Path) -> None:
+    from ray.tune.search import Searcher
+
+    from pipeline import tuning
+
+    sweep = load(tmp_path, search={"inner_lr": {"choice": [0.1]}}, searcher="optuna")
+    searcher: Searcher = tuning._optuna(sweep, [])
+    space = {"params": {key: tuning._domain(domain) for key, domain in sweep.search.items()}}
+    assert searcher.set_search_properties("score", "max", space)
+    names = [tuning.trial_name(searcher.suggest(trial)) for trial in "abc"]
+    assert names[0] == sweeps.digest({"algorithm.inner_lr": 0.1})
+    assert names[1:] == [f"{names[0]}-2", f"{names[0]}-3"]
+
+
+def test_a_network_of_ones_own_may_lie_elsewhere_the_next_time(tmp_path: Path) -> None:
+    """Each job on a cluster unpacks its working directory anew."""
+    (tmp_path / "nets.py").write_text("from torch import nn\ndef net():\n    return nn.Linear(1, 1)\n")
+    sweep = load(tmp_path)
+    sweeps_of = []
+    for folder in ("one", "two"):
+        model = {"name": "module", "factory": "nets:net", "folder": str(tmp_path / folder)}
+        sweeps_of.append(Sweep(sweep.settings, {**BASE, "model": model}, source="sweep.yaml").to_dict())
+    assert sweeps_of[0] == sweeps_of[1]
+
+
 @given(seed=st.integers(0, 2**31), low=st.floats(1e-6, 1.0), factor=st.floats(1.01, 1e4))
 def test_draws_stay_within_their_ranges(
     seed: int, low: float, factor: float, tmp_path_factory: pytest.TempPathFactory
@@ -117,3 +149,29 @@ def test_a_sweep_may_be_given_more_trials_and_time_later(tmp_path: Path) -> None
     assert load(tmp_path, trials=5, budget_minutes=3.0, max_concurrent=1).to_dict() == before
     assert load(tmp_path, seed=1).to_dict() != before
     assert load(tmp_path, "training.steps=20").to_dict() != before
+
+
+@pytest.mark.parametrize(
+    ("settings", "now", "grown"),
+    [
+        ({"trials": 5}, 1, 5),
+        ({"trials": 5, "searcher": "optuna"}, 1, 5),
+        ({"trials": 5, "search": {**RATES, "seed": {"grid": [1, 2]}}}, 1, 10),
+        ({"trials": 5, "workers_per_trial": 2}, 1, 5),
+    ],
+)
+def test_a_cluster_that_grows_is_asked_for_every_trial_at_once(
+    settings: dict[str, Any], now: int, grown: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It may have no workers yet: the trials that wait are what makes it grow."""
+    import ray
+
+    from pipeline import launch, tuning
+
+    sweep = load(tmp_path, **settings)
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 1.0})
+    monkeypatch.delenv(launch.AUTOSCALING_VARIABLE, raising=False)
+    assert tuning._room(sweep) == now
+    monkeypatch.setattr(ray, "cluster_resources", dict)
+    monkeypatch.setenv(launch.AUTOSCALING_VARIABLE, "1")
+    assert tuning._room(sweep) == grown
