@@ -39,19 +39,26 @@ def prepare(x: Tensor, *, stride: int) -> Images:
     """x [T, N, C, H, W] -> itself for a first 3×3 convolution of this stride with padding 1."""
     tasks, _, channels = x.shape[:3]
     padded = F.pad(x, (1, 1, 1, 1))
-    moments = [_patch_moments(task, stride) for task in padded]  # one by one: patches are nine times the images
-    mean, covariance = (torch.stack(part) for part in zip(*moments, strict=True))
+    moments = [_patch_moments(some, stride) for some in padded.split(_tasks_at_once(x))]
+    mean, covariance = (torch.cat(part) for part in zip(*moments, strict=True))
     side_by_side = layout(x.transpose(0, 1).reshape(-1, tasks * channels, *x.shape[3:]))
     return Images(side_by_side, padded, mean, covariance)
 
 
+def _tasks_at_once(x: Tensor) -> int:
+    """Whose patches are laid out together: nine times the images leave a CPU's caches, a GPU wants few launches."""
+    return 1 if x.device.type == "cpu" else len(x)
+
+
 def _patch_moments(padded: Tensor, stride: int) -> tuple[Tensor, Tensor]:
-    """Padded images [N, C, H + 2, W + 2] -> mean [9·C] and covariance [9·C, 9·C] of their patches."""
-    pivot = padded.mean()  # a covariance does not see it; without it that of bright images would lose digits
-    patches = (padded - pivot).unfold(2, 3, stride).unfold(3, 3, stride)  # [N, C, H', W', 3, 3]
-    patches = patches.permute(1, 4, 5, 0, 2, 3).reshape(9 * padded.shape[1], -1)
-    mean = patches.mean(dim=1)
-    return mean + pivot, patches @ patches.T / patches.shape[1] - torch.outer(mean, mean)
+    """Padded images [T, N, C, H + 2, W + 2] -> mean [T, 9·C] and covariance [T, 9·C, 9·C] of their patches."""
+    # a covariance does not see the pivot; without it that of bright images would lose digits
+    pivot = padded.mean(dim=(1, 2, 3, 4), keepdim=True)
+    patches = (padded - pivot).unfold(3, 3, stride).unfold(4, 3, stride)  # [T, N, C, H', W', 3, 3]
+    patches = patches.permute(0, 2, 5, 6, 1, 3, 4).reshape(len(padded), 9 * padded.shape[2], -1)
+    mean = patches.mean(dim=2)
+    products = torch.bmm(patches, patches.transpose(1, 2)) / patches.shape[2]
+    return mean + pivot.flatten(1), products - mean.unsqueeze(2) * mean.unsqueeze(1)
 
 
 def layout(x: Tensor) -> Tensor:

@@ -119,7 +119,7 @@ assert not np.allclose(other, answer)
     assert done.returncode == 0, done.stderr
     folder = Path(mlflow.artifacts.download_artifacts(artifact_uri=CHAMPION))
     kinds = {file.suffix for file in folder.rglob("*") if file.is_file() and "__pycache__" not in file.parts}
-    assert kinds <= {"", ".py", ".json", ".yaml", ".txt", ".safetensors"}
+    assert kinds <= {"", ".py", ".cpp", ".json", ".yaml", ".txt", ".safetensors"}
 
 
 def test_adapting_to_picture_files(trained: Outcome, pictures: tuple[Path, Path]) -> None:

@@ -44,7 +44,8 @@ def found_in(source: str) -> Iterator[str]:
         return ""
 
     for node in ast.walk(tree):
-        name = whole_name(node) if isinstance(node, ast.Name | ast.Attribute) else ""
+        used = isinstance(node, ast.Name | ast.Attribute) and isinstance(node.ctx, ast.Load)
+        name = whole_name(node) if used else ""
         if name in FORBIDDEN:  # also where it is only handed on, or imported under another name
             yield f"line {node.lineno}: {name}"
         if not isinstance(node, ast.Call):
@@ -94,6 +95,7 @@ def test_nothing_dangerous_is_called(path: Path) -> None:
         ("eval(text)", True),
         ("model.eval()", False),
         ("exec(text)", True),
+        ("class Config:\n    compile: bool = False", False),
         ("import re\nre.compile(p)", False),
         ("import subprocess\nsubprocess.run(c, shell=True)", True),
         ("import subprocess\nsubprocess.run(c, shell=flag)", True),
