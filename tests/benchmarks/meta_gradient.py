@@ -29,6 +29,7 @@ from torch import Tensor
 from pipeline import experiment as experiments
 from pipeline.errors import UserError
 from pipeline.experiment import Components, Experiment
+from pipeline.training.compiled import Compiled
 from pipeline.training.context import LocalContext
 from pipeline.training.memory import keep_freed_memory
 from pipeline.training.step import global_gradient
@@ -157,7 +158,8 @@ class Bench:
         state = MetaState({name: value.requires_grad_() for name, value in self._params(parts).items()}, {})
         context = LocalContext(self.device)
         chunk = experiments.task_chunk(experiment, parts, self.device)
-        return lambda: global_gradient(context, parts.algorithm, state, batch, step=0, chunk=chunk).grads
+        algorithm = Compiled(parts.algorithm) if experiment.training.compile else parts.algorithm
+        return lambda: global_gradient(context, algorithm, state, batch, step=0, chunk=chunk).grads
 
 
 def _class_split(data: str) -> str:
