@@ -117,14 +117,19 @@ def _following(run: RunFolder, log: RunLog, observe: Observer, say: Callable[[st
     done = threading.Event()
     failure: list[Exception] = []
 
+    plan = run.read().get("plan")  # of an earlier start
+
+    def tell_plan() -> None:
+        nonlocal plan
+        now = run.read().get("plan")
+        if now and now != plan:
+            plan = now
+            say(f"computing with {Plan(**now)}")
+
     def follow() -> None:
-        plan = run.read().get("plan")  # of an earlier start
         try:
             while not done.wait(FOLLOW_SECONDS):
-                now = run.read().get("plan")
-                if now and now != plan:
-                    plan = now
-                    say(f"computing with {Plan(**plan)}")
+                tell_plan()
                 observe(to_observer.new_records())
                 to_mlflow.try_once()
         except Exception as error:  # raised by the main thread, once the workers are through
@@ -138,6 +143,7 @@ def _following(run: RunFolder, log: RunLog, observe: Observer, say: Callable[[st
         done.set()
         follower.join()
         if not failure:
+            tell_plan()
             observe(to_observer.new_records())
             to_mlflow.try_once()
     if failure:
