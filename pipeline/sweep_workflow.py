@@ -145,8 +145,9 @@ def _run(sweep: Sweep, folder: RunFolder, data_digest: str, say: Callable[[str],
             facts = run.update(status=status)  # ended by the scheduler at its last step
         if status == tuning.FAILED and facts.get("status") == tuning.RUNNING:
             facts = run.update(status=status, error=error)  # its process died, and could not write that itself
-        reason = f": {facts.get('error') or error}" if facts.get("error") or error else ""
-        say(f"trial {name} {facts.get('status', status)}, {_shown(facts.get('params', {}))}{reason}")
+        reason = facts.get("error") or error
+        told = f": {reason}" if reason else ""
+        say(f"trial {name} {facts.get('status', status)}, {_shown(facts.get('params', {}))}{told}")
 
     known = [trial.params for trial in trials_of(folder, sweep)]
     tuning.run_trials(sweep, folder.path / "trials", data_digest=data_digest, known=known, on_end=ended)

@@ -259,11 +259,13 @@ def _callback(sweep: Sweep, folder: storage.Location, on_end: Callable[[str, str
     class Ends(tune.Callback):
         def on_trial_complete(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
             reached = (trial.last_result or {}).get("step", 0)
-            ended(trial_name(trial.config), FINISHED if reached >= sweep.base.training.steps else STOPPED, "")
+            ended(trial_name(trial.config), FINISHED if reached >= steps else STOPPED, "")
 
         def on_trial_error(self, iteration: int, trials: list, trial: Any, **info: Any) -> None:
             lines = Path(trial.error_file).read_text().strip().splitlines() if trial.error_file else []
             ended(trial_name(trial.config), FAILED, redacted(lines[-1] if lines else "its process died"))
+
+    steps = sweep.base.training.steps  # once: every look at the base checks it anew
 
     def ended(name: str, status: str, error: str) -> None:
         on_end(name, status, error)
