@@ -53,7 +53,9 @@ class PictureArchive:
         if refusal:
             raise DataError(f"{self.path}: {name} {refusal}, so it is not read. {FETCH_AGAIN}.")
         try:
-            return self._zip.read(entry)
+            with self._zip.open(entry) as stream:
+                # not `read()`: that decompresses whatever is there before it looks at the declared size
+                return stream.read(entry.file_size)
         except (zipfile.BadZipFile, zlib.error, EOFError, OSError, RuntimeError) as error:
             raise DataError(f"{self.path}: {name} cannot be read ({error}). Fetch the archive again.") from error
 

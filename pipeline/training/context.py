@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import sys
 import threading
 import time
@@ -234,13 +233,12 @@ def run_processes(worker: Callable[..., None], *args: Any, num_workers: int, use
 
     Raises the worker's UserError; WorkerLost where a worker died. The others are then ended too.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    # the driver listens, at a port that the system gives it: one chosen for a worker could be taken before it starts
+    store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     spawn = multiprocessing.get_context("spawn")
     errors = spawn.SimpleQueue()
     processes = [
-        spawn.Process(target=_process, args=(rank, num_workers, port, use_gpu, errors, worker, args), daemon=True)
+        spawn.Process(target=_process, args=(rank, num_workers, store.port, use_gpu, errors, worker, args), daemon=True)
         for rank in range(num_workers)
     ]
     for process in processes:
@@ -304,7 +302,7 @@ def _process(
         torch.cuda.set_device(device)
     torch.distributed.init_process_group(
         "nccl" if use_gpu else "gloo",
-        init_method=f"tcp://127.0.0.1:{port}",
+        store=torch.distributed.TCPStore("127.0.0.1", port, timeout=PROCESS_TIMEOUT),
         rank=rank,
         world_size=world_size,
         timeout=PROCESS_TIMEOUT,

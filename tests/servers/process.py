@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import shutil
 import signal
 import socket
@@ -20,10 +21,15 @@ STOP_SECONDS = 30.0
 
 
 def free_port(host: str = "127.0.0.1") -> int:
-    """A TCP port of `host` that nothing listens on just now."""
-    with socket.socket() as probe:
-        probe.bind((host, 0))
-        return int(probe.getsockname()[1])
+    """A TCP port of `host` that nothing listens on, and that the system gives to nobody who does not ask for it.
+
+    One of those that it hands out (32768 and up) may be some connection's before the server has started.
+    """
+    while True:
+        port = secrets.randbelow(10_000) + 20_000
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind((host, port))
+            return port
 
 
 def responds(url: str) -> bool:
