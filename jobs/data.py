@@ -180,7 +180,7 @@ def show(
     family = validate(ImagesConfig, content, source="data show").build(device=torch.device("cpu"), dtype=torch.float32)
     batch = family.sample(part_of_split(part), 0, torch.arange(episodes), seed=seed)
     file.parent.mkdir(parents=True, exist_ok=True)
-    pictures.episodes(batch, file, n_way=n_way)
+    pictures.episodes(batch, file)
 
     def describe() -> None:
         _show(folder, manifest)

@@ -201,7 +201,14 @@ def build(experiment: Experiment, *, device: torch.device) -> Components:
         kernel=_kernel_on(device, experiment.training.kernel),
         precision=experiment.training.precision if device.type == "cpu" else "float32",
     )
-    return Components(family, model, experiment.algorithm.build(model=model, objective=family.objective))
+    algorithm = experiment.algorithm.build(model=model, objective=family.objective, train_classes=family.train_classes)
+    n_way = family.description.get("n_way") or 0
+    if n_way > family.num_outputs and not algorithm.any_way:
+        raise ConfigError(
+            f"task.eval_n_way: {n_way} is more than task.n_way ({family.num_outputs}), and the head that "
+            f"{experiment.algorithm.name} trains has that many outputs. Lower it, or raise task.n_way."
+        )
+    return Components(family, model, algorithm)
 
 
 def check_fits(experiment: Experiment, *, under_ray: bool | None = None) -> str:

@@ -90,8 +90,8 @@ def card_of(
             "dtype": experiment.training.dtype,
             "normalization": content["algorithm"].get("normalization", "transductive"),
             "preprocessing": preprocessing,
-            "n_way": content["task"].get("n_way"),
-            "k_shot": content["task"]["k_shot"],
+            "n_way": content["task"].get("eval_n_way") or content["task"].get("n_way"),
+            "k_shot": content["task"].get("eval_k_shot") or content["task"]["k_shot"],
             "data_digest": data_digest,
             "training_classes": list(training_classes),
             "checkpoint": checkpoint,
@@ -196,7 +196,7 @@ class Learner:
         labels, positions = np.unique(values, return_inverse=True)
         if len(labels) < 2:
             raise DataError("support_y: the support set holds one class only; adapting needs two or more.")
-        if len(labels) > self.card.num_outputs:
+        if len(labels) > self.card.num_outputs and not self.algorithm.any_way:
             raise DataError(
                 f"support_y: {len(labels)} classes, but {self.card.name} was trained for {self.card.num_outputs}-way "
                 f"tasks: its head has that many outputs. Give at most {self.card.num_outputs} classes, or train with "

@@ -23,9 +23,11 @@ def new_figure(width: float, height: float) -> Any:
     return figure
 
 
-def episodes(batch: TaskBatch, file: Path, *, n_way: int, max_queries: int = 5) -> None:
+def episodes(batch: TaskBatch, file: Path, *, max_queries: int = 5) -> None:
     """Each episode as a block: a row per class, support images left of the line, queries right of it."""
     tasks = len(batch.support_x)
+    n_way = batch.num_classes
+    assert n_way is not None
     k_shot = batch.support_x.shape[1] // n_way
     n_query = min(batch.query_x.shape[1] // n_way, max_queries)
     columns = min(tasks, 2)

@@ -34,6 +34,12 @@ class TaskBatch(NamedTuple):
     query_x: Tensor  # [T, Q, ...]
     query_y: Tensor  # [T, Q] or [T, Q, D]
     keys: Tensor | None = None  # int64 [T], of (seed, split, step, slot): what training draws at random comes from them
+    classes: Tensor | None = None  # int64 [T, n_way]: which of the split's classes an episode's labels stand for
+
+    @property
+    def num_classes(self) -> int | None:
+        """n_way of these episodes; None where there are no classes."""
+        return None if self.classes is None else self.classes.shape[1]
 
     def tasks(self, which: slice | Tensor) -> TaskBatch:
         """The tasks at some positions."""
@@ -65,7 +71,8 @@ class TaskFamily(Protocol):
 
     objective: Objective
     input_shape: tuple[int, ...]  # of one example, e.g. (C, H, W)
-    num_outputs: int  # n_way, or the dimension of the regression target
+    num_outputs: int  # n_way of meta-training, or the dimension of the regression target
+    train_classes: int | None  # that meta-training draws from; None where there are no classes
     description: dict[str, Any]  # of its evaluation episodes, for results
     prefetch: bool  # True if sampling waits for a disk, so that the loop should sample one step ahead
 
@@ -75,8 +82,10 @@ class TaskFamily(Protocol):
 
 
 class TaskModel(Protocol):
-    """A network whose parameters and inputs carry a leading task axis."""
+    """A network whose parameters and inputs carry a leading task axis: a body that makes features, a linear head."""
 
+    parameter_names: list[str]  # without "/", which begins the names of what algorithms learn besides
+    head: tuple[str, str]  # the names of the head's weight [T, num_outputs, F] and bias [T, num_outputs]
     cpu_task_chunk: int | None  # tasks at once that are fastest on CPU, as measured; None: as many as there are
     kernel: str  # what it computes with, and how precisely: see `pipeline.kernels`
     precision: str
@@ -107,6 +116,19 @@ class TaskModel(Protocol):
         `low_precision` permits activations in bfloat16 where the model was built for it.
         `keys` (int64 [T]) are a training pass's own: the same keys, the same random numbers. None: nothing is random.
         """
+        ...
+
+    def features(
+        self,
+        params: Params,
+        x: Any,
+        *,
+        statistics: Statistics | None = None,
+        observe: bool = False,
+        low_precision: bool = False,
+        keys: Tensor | None = None,
+    ) -> tuple[Tensor, Statistics]:
+        """What the head gets, [T, N, F]; otherwise as `apply`."""
         ...
 
 
@@ -140,6 +162,11 @@ class Algorithm(Protocol):
 
     train_steps: int  # adaptation steps in training
     eval_steps: int  # adaptation steps in evaluation and serving
+    any_way: bool  # whether an episode may have more classes than the model has outputs
+
+    def describe(self, state: MetaState) -> dict[str, float]:
+        """What was learned besides the network's parameters (rates, λ), by name, for the metrics of a validation."""
+        ...
 
     def init(self, seed: int) -> MetaState: ...
 
@@ -155,8 +182,8 @@ class Algorithm(Protocol):
     ) -> Iterator[Adapted]:
         """The adapted learner after 0, 1, … `steps` adaptation steps, without a graph.
 
-        `inductive` also computes the statistics that inductive prediction needs. `num_classes` below the
-        number of outputs leaves the unused outputs out of the support loss.
+        `inductive` also computes the statistics that inductive prediction needs. `num_classes` of the
+        episodes, where it is below the number of outputs, leaves the unused ones out of the support loss.
         """
         ...
 

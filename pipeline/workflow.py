@@ -226,7 +226,7 @@ def evaluate_run(exp: Experiment, run: RunFolder, parts: Components, log: RunLog
         pictures.adaptation_curve(test, folder / "adaptation.png")
         if isinstance(parts.family, ImageTasks):
             batch = parts.family.sample("meta_val", 0, torch.arange(4), seed=SELECTION_SEED)
-            pictures.episodes(batch, folder / "episodes.png", n_way=exp.task.n_way)
+            pictures.episodes(batch, folder / "episodes.png")
         storage.copy_folder(folder, run.evaluation)
         log.artifacts(folder, "evaluation")
     log.summary(summarize(test, "test"), step=exp.training.steps)
@@ -333,7 +333,7 @@ def evaluate_model(
     """
     keep_freed_memory()
     exp = experiments.from_dict(learner.card.experiment, source="the model's experiment")
-    changes = {"data": data, "split": class_split, "k_shot": k_shot, "eval_n_query": n_query}
+    changes = {"data": data, "split": class_split, "eval_k_shot": k_shot, "eval_n_query": n_query}
     if learner.card.objective != "classification":
         if data or class_split:
             raise ConfigError(f"{learner.card.name}: its tasks are procedural; --data and --class-split do not apply.")

@@ -1,5 +1,6 @@
 """The registry of algorithms: one line each. An algorithm's section builds it."""
 
+from pipeline.algorithms.anil import ANILConfig, BOILConfig
 from pipeline.algorithms.maml import MAMLConfig
 
-ALGORITHMS = (MAMLConfig,)
+ALGORITHMS = (MAMLConfig, ANILConfig, BOILConfig)

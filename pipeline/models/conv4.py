@@ -27,6 +27,7 @@ from pipeline.models.normalization import Normalizer
 from pipeline.types import Params, Statistics
 
 BLOCKS = 4
+OF_BLOCK = ("conv.weight", "norm.weight", "norm.bias")
 CPU = torch.device("cpu")
 
 
@@ -57,6 +58,7 @@ class Conv4:
     """Parameters: `block{1..4}.conv.weight` [O, I, 3, 3], `block{1..4}.norm.weight` and `.bias` [O], and the head's."""
 
     stochastic = False
+    head = ("head.weight", "head.bias")
 
     def __init__(
         self,
@@ -84,7 +86,9 @@ class Conv4:
             raise ConfigError(
                 f"model.name: conv4 halves its input four times; {input_shape[1]}×{input_shape[2]} is too small."
             )
-        self.features = config.hidden * (height * width if self.readout == "flatten" else 1)
+        self._num_features = config.hidden * (height * width if self.readout == "flatten" else 1)
+        blocks = range(1, BLOCKS + 1)
+        self.parameter_names = [f"block{block}.{name}" for block in blocks for name in OF_BLOCK] + [*self.head]
 
     def _halve(self, size: int) -> int:
         return size // 2 if self.config.downsample == "max_pool" else (size + 1) // 2
@@ -104,7 +108,7 @@ class Conv4:
             params[f"block{block}.norm.weight"] = torch.ones(self.config.hidden)
             params[f"block{block}.norm.bias"] = torch.zeros(self.config.hidden)
             channels = self.config.hidden
-        weight = torch.empty(self.num_outputs, self.features, dtype=torch.float64)
+        weight = torch.empty(self.num_outputs, self._num_features, dtype=torch.float64)
         params["head.weight"] = nn.init.xavier_uniform_(weight, generator=generator)
         params["head.bias"] = torch.zeros(self.num_outputs)
         return {name: value.to(self.dtype) for name, value in params.items()}
@@ -124,16 +128,33 @@ class Conv4:
         keys: Tensor | None = None,
     ) -> tuple[Tensor, Statistics]:
         """x [T, N, C, H, W], or what `prepare` made of it -> logits [T, N, num_outputs], observed statistics."""
+        features, observed = self.features(
+            params, x, statistics=statistics, observe=observe, low_precision=low_precision, keys=keys
+        )
+        weight, bias = (params[name] for name in self.head)
+        return torch.baddbmm(bias.unsqueeze(1), features, weight.transpose(1, 2)), observed
+
+    def features(
+        self,
+        params: Params,
+        x: Tensor | Images,
+        *,
+        statistics: Statistics | None = None,
+        observe: bool = False,
+        low_precision: bool = False,
+        keys: Tensor | None = None,
+    ) -> tuple[Tensor, Statistics]:
+        """x [T, N, C, H, W], or what `prepare` made of it -> features [T, N, F], observed statistics."""
         if isinstance(x, Tensor) and (self.kernel == "pure" or statistics is not None or observe):
             x = x.transpose(0, 1).flatten(1, 2)  # [N, T·C, H, W]
         elif isinstance(x, Tensor):
             x = closed.prepare(x, stride=self.stride)
         if isinstance(x, Images) and statistics is None and not observe:
             half = low_precision and self.precision == "mixed"
-            return self._head(params, self._fast(params, x, torch.bfloat16 if half else self.dtype)), {}
+            return self._read_out(self._fast(params, x, torch.bfloat16 if half else self.dtype)), {}
         normalize = Normalizer(statistics, observe)
         x = self._pure(params, x.side_by_side if isinstance(x, Images) else x, normalize)
-        return self._head(params, x), normalize.observed
+        return self._read_out(x), normalize.observed
 
     def _pure(self, params: Params, x: Tensor, normalize: Normalizer) -> Tensor:
         """The four blocks in stock ops: x [N, T·C, H, W] -> [N, T·hidden, H', W']."""
@@ -155,15 +176,13 @@ class Conv4:
             x = ops.norm_relu_pool(x, gain.flatten(), offset.flatten(), pool=self.pool)
         return x
 
-    def _head(self, params: Params, x: Tensor) -> Tensor:
-        """x [N, T·hidden, H', W'] -> logits [T, N, num_outputs]."""
+    def _read_out(self, x: Tensor) -> Tensor:
+        """x [N, T·hidden, H', W'] -> features [T, N, F]."""
         x = x.to(self.dtype).unflatten(1, (-1, self.config.hidden)).transpose(0, 1)  # [T, N, hidden, H', W']
-        features = x.mean(dim=(3, 4)) if self.readout == "mean" else x.flatten(2)
-        return torch.baddbmm(params["head.bias"].unsqueeze(1), features, params["head.weight"].transpose(1, 2))
+        return x.mean(dim=(3, 4)) if self.readout == "mean" else x.flatten(2)
 
 
 def _of_block(params: Params, block: int) -> tuple[Tensor, Tensor, Tensor]:
     """Filters [T, O, I, 3, 3], gains and offsets [T, O]."""
-    names = ("conv.weight", "norm.weight", "norm.bias")
-    weight, gain, offset = (params[f"block{block}.{name}"] for name in names)
+    weight, gain, offset = (params[f"block{block}.{name}"] for name in OF_BLOCK)
     return weight, gain, offset

@@ -46,6 +46,7 @@ class MLP:
     cpu_task_chunk = None
     kernel, precision = "pure", "float32"
     stochastic = False
+    head = ("head.weight", "head.bias")
 
     def __init__(
         self, config: MLPConfig, *, input_shape: tuple[int, ...], num_outputs: int, dtype: torch.dtype
@@ -53,6 +54,7 @@ class MLP:
         self.config = config
         self.dtype = dtype
         self.sizes = [math.prod(input_shape), *config.hidden, num_outputs]
+        self.parameter_names = list(self.init(0))
 
     def init(self, seed: int) -> Params:
         """PyTorch's own default for linear layers: uniform in ±1/√fan_in for weights and biases."""
@@ -84,10 +86,25 @@ class MLP:
         keys: Tensor | None = None,
     ) -> tuple[Tensor, Statistics]:
         """x [T, N, ...] -> outputs [T, N, num_outputs], observed statistics (empty without normalization)."""
+        if self.config.normalization == "none":
+            return self._dense(params, x.flatten(2), [*self._layers(), "head"]), {}
+        x, observed = self.features(params, x, statistics=statistics, observe=observe)
+        return _linear(params, "head", x), observed
+
+    def features(
+        self,
+        params: Params,
+        x: Tensor,
+        *,
+        statistics: Statistics | None = None,
+        observe: bool = False,
+        low_precision: bool = False,
+        keys: Tensor | None = None,
+    ) -> tuple[Tensor, Statistics]:
+        """x [T, N, ...] -> the last hidden layer [T, N, units], observed statistics (empty without normalization)."""
         x = x.flatten(2)
         if self.config.normalization == "none":
-            names = [*(f"layer{layer}" for layer in range(1, len(self.sizes) - 1)), "head"]
-            return dense(x, [params[f"{n}.weight"] for n in names], [params[f"{n}.bias"] for n in names]), {}
+            return F.relu(self._dense(params, x, self._layers())), {}
         normalize = Normalizer(statistics, observe)
         for layer in range(1, len(self.sizes) - 1):
             x = _linear(params, f"layer{layer}", x)
@@ -97,7 +114,13 @@ class MLP:
             normalized = normalize(f"norm{layer}", side_by_side, weight, bias)
             x = normalized.unflatten(1, (tasks, -1)).transpose(0, 1)
             x = F.relu(x)
-        return _linear(params, "head", x), normalize.observed
+        return x, normalize.observed
+
+    def _layers(self) -> list[str]:
+        return [f"layer{layer}" for layer in range(1, len(self.sizes) - 1)]
+
+    def _dense(self, params: Params, x: Tensor, names: list[str]) -> Tensor:
+        return dense(x, [params[f"{name}.weight"] for name in names], [params[f"{name}.bias"] for name in names])
 
 
 def _linear(params: Params, name: str, x: Tensor) -> Tensor:

@@ -14,8 +14,9 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -47,6 +48,7 @@ class ModuleConfig(Section):
     batching: Batching = "auto"
     # of tasks. auto: the faster one as measured on the first batch; vmap only where its meta-gradient is the loop's
     dropout: bool = False  # in meta-training; the masks are a function of seed, outer step and episode
+    head: str | None = None  # the linear layer whose outputs are the module's; None: its last nn.Linear
 
     def build(
         self,
@@ -71,7 +73,7 @@ class ModuleConfig(Section):
                 raise ConfigError(f"model.factory: {self.factory} returned {type(module).__name__}, not an nn.Module.")
             return module
 
-        model = ModuleModel(make, dtype=dtype, batching=self.batching, dropout=self.dropout)
+        model = ModuleModel(make, dtype=dtype, batching=self.batching, dropout=self.dropout, head=self.head)
         model.check(input_shape, num_outputs, name=self.factory)
         return model
 
@@ -111,10 +113,18 @@ class ModuleModel:
     cpu_task_chunk: int | None = None
     kernel, precision = "pure", "float32"
 
-    def __init__(self, make: Any, *, dtype: torch.dtype, batching: Batching = "auto", dropout: bool = False) -> None:
+    def __init__(
+        self,
+        make: Any,
+        *,
+        dtype: torch.dtype,
+        batching: Batching = "auto",
+        dropout: bool = False,
+        head: str | None = None,
+    ) -> None:
         """batching: loop or vmap; auto is the loop, which is always right, until one was chosen.
 
-        Raises ConfigError: dropout that cannot come from keys.
+        Raises ConfigError: dropout that cannot come from keys; a head that is not there.
         """
         self._make = make
         self._dtype = dtype
@@ -124,10 +134,25 @@ class ModuleModel:
         self._module = with_episode_layers(self._fresh(seed=0), dropout=dropout).to(dtype).eval()
         self._norms = {n: m for n, m in self._module.named_modules() if isinstance(m, EpisodeBatchNorm)}
         self._dropouts = [m for m in self._module.modules() if isinstance(m, EpisodeDropout) and m.p > 0]
+        self.parameter_names = [name for name, _ in self._module.named_parameters()]
+        name = self._head_name(head)
+        self.head = (f"{name}.weight", f"{name}.bias")
+        self._head_inputs: list[Tensor] = []  # of the pass for one task that was last
+        if name:
+            layer = self._module.get_submodule(name)
+            layer.register_forward_pre_hook(lambda _, inputs: self._head_inputs.append(inputs[0]))
         self._recurrent = any(isinstance(m, nn.RNNBase) for m in self._module.modules())
         self.stochastic = bool(self._dropouts)
         self._keyed = dropout
         self._device = torch.device("cpu")
+
+    def _head_name(self, asked: str | None) -> str:
+        """Empty where there is no linear layer with a bias, which only matters to who asks for features."""
+        layers = [n for n, m in self._module.named_modules() if isinstance(m, nn.Linear) and m.bias is not None]
+        if asked is not None and asked not in layers:
+            there = f"there are: {', '.join(layers)}" if layers else "there is none"
+            raise ConfigError(f"model.head: {asked!r} is no linear layer (with a bias) of the module; {there}.")
+        return asked or (layers[-1] if layers else "")
 
     def candidates(self) -> tuple[Literal["loop", "vmap"], ...]:
         """The ways of batching to choose from: one, where the configuration names it."""
@@ -198,6 +223,53 @@ class ModuleModel:
         keys: Tensor | None = None,
     ) -> tuple[Tensor, Statistics]:
         """x [T, N, ...] -> outputs [T, N, num_outputs], observed statistics."""
+        return self._pass(self._outputs, params, x, statistics=statistics, observe=observe, keys=keys)
+
+    def features(
+        self,
+        params: Params,
+        x: Tensor,
+        *,
+        statistics: Statistics | None = None,
+        observe: bool = False,
+        low_precision: bool = False,
+        keys: Tensor | None = None,
+    ) -> tuple[Tensor, Statistics]:
+        """x [T, N, ...] -> what the head gets [T, N, F], observed statistics.
+
+        Raises ConfigError: the module has no linear head, or does more than apply it to [N, F].
+        """
+        return self._pass(self._features, params, x, statistics=statistics, observe=observe, keys=keys)
+
+    def _outputs(self, params: Params, x: Tensor) -> Tensor:
+        try:
+            return functional_call(self._module, params, (x,))
+        finally:
+            self._head_inputs.clear()
+
+    def _features(self, params: Params, x: Tensor) -> Tensor:
+        self._head_inputs.clear()
+        functional_call(self._module, params, (x,))
+        inputs = self._head_inputs[:]
+        self._head_inputs.clear()
+        if len(inputs) != 1 or inputs[0].ndim != 2:
+            raise ConfigError(
+                "model.factory: the module does not give features [N, F] to a last nn.Linear with a bias, which this "
+                "algorithm needs. End the module in one, and name it in model.head if it is not the last."
+            )
+        return inputs[0]
+
+    def _pass(
+        self,
+        call: Callable[[Params, Tensor], Tensor],
+        params: Params,
+        x: Tensor,
+        *,
+        statistics: Statistics | None,
+        observe: bool,
+        keys: Tensor | None,
+    ) -> tuple[Tensor, Statistics]:
+        """What `call` makes of each task, [T, N, ...], and observed statistics."""
         if self._device != x.device:  # buffers follow the inputs; parameters come from outside
             self._module.to(x.device)
             self._device = x.device
@@ -205,21 +277,26 @@ class ModuleModel:
         with _twice_differentiable(recurrent_on_gpu=self._recurrent and x.is_cuda):
             if self.batching == "vmap":
                 in_dims = (0, 0, None if statistics is None else 0, None if keys is None else 0)
-                one_task = vmap(self._one_task, in_dims=in_dims, randomness="error")
+                one_task = vmap(partial(self._one_task, call), in_dims=in_dims, randomness="error")
                 outputs, observed = one_task(params, x, statistics, keys)
                 return outputs, observed if observe else {}
             results = []
             for task in range(len(x)):
                 given = None if statistics is None else {k: v[task] for k, v in statistics.items()}
                 key = None if keys is None else keys[task]
-                results.append(self._one_task({k: v[task] for k, v in params.items()}, x[task], given, key))
+                results.append(self._one_task(call, {k: v[task] for k, v in params.items()}, x[task], given, key))
         outputs = torch.stack([output for output, _ in results])
         if not observe:
             return outputs, {}
         return outputs, {k: torch.stack([observed[k] for _, observed in results]) for k in results[0][1]}
 
     def _one_task(
-        self, params: Params, x: Tensor, statistics: Statistics | None, key: Tensor | None
+        self,
+        call: Callable[[Params, Tensor], Tensor],
+        params: Params,
+        x: Tensor,
+        statistics: Statistics | None,
+        key: Tensor | None,
     ) -> tuple[Tensor, Statistics]:
         for name, norm in self._norms.items():
             norm.given = None if statistics is None else (statistics[f"{name}.mean"], statistics[f"{name}.var"])
@@ -228,7 +305,7 @@ class ModuleModel:
             self._dropouts, [None] * layers if key is None else bits(key, layers), strict=True
         ):
             dropout.start(layer_key)
-        output = functional_call(self._module, params, (x,))
+        output = call(params, x)
         observed: Statistics = {}
         for name, norm in self._norms.items():
             assert norm.observed is not None, f"{name} was not used in the forward pass"

@@ -31,8 +31,10 @@ class ImagesConfig(Section):
     family: Literal["images"]
     data: Address  # folder of a prepared data set, relative to where the command is run, or s3://…, gs://…
     split: str = "alphabet"  # which of the data set's class splits
-    n_way: int = Field(default=5, ge=2)
+    n_way: int = Field(default=5, ge=2)  # classes of an episode
+    eval_n_way: int | None = Field(default=None, ge=2)  # in validation and test; None: as in meta-training
     k_shot: int = Field(default=1, ge=1)  # support examples per class
+    eval_k_shot: int | None = Field(default=None, ge=1)  # in validation and test; None: as in meta-training
     n_query: int = Field(default=5, ge=1)  # query examples per class in meta-training
     eval_n_query: int = Field(default=15, ge=1)  # query examples per class in validation and test
     rotations: Literal["none", "new_classes", "per_class"] = "none"
@@ -61,22 +63,28 @@ class ImagesConfig(Section):
                 f"{self.data}: has no class split {self.split!r} (task.split); it has: {', '.join(manifest.splits)}."
             )
         members = [manifest.classes[i] for i in manifest.members(self.split, split)]
-        if len(members) < self.n_way:
+        n_way, k_shot, n_query = self.episode(split)
+        in_training = split == "meta_train"
+        if len(members) < n_way:
+            key = "n_way" if in_training or self.eval_n_way is None else "eval_n_way"
             raise DataError(
                 f"{self.data}: {split} of the split {self.split!r} has {len(members)} classes, too few for "
-                f"task.n_way={self.n_way}. Lower n_way, or prepare more classes."
+                f"task.{key}={n_way}. Lower {key}, or prepare more classes."
             )
-        needed = self.k_shot + self.queries_per_class(split)
         smallest = min(members, key=lambda entry: entry.count)
-        if smallest.count < needed:
-            key = "n_query" if split == "meta_train" else "eval_n_query"
+        if smallest.count < k_shot + n_query:
+            shots = "k_shot" if in_training or self.eval_k_shot is None else "eval_k_shot"
+            queries = "n_query" if in_training else "eval_n_query"
             raise DataError(
-                f"{self.data}: class {smallest.name} ({split}) has {smallest.count} examples, too few for task.k_shot="
-                f"{self.k_shot} plus task.{key}={self.queries_per_class(split)}. Lower them, or leave the class out."
+                f"{self.data}: class {smallest.name} ({split}) has {smallest.count} examples, too few for "
+                f"task.{shots}={k_shot} plus task.{queries}={n_query}. Lower them, or leave the class out."
             )
 
-    def queries_per_class(self, split: Split) -> int:
-        return self.n_query if split == "meta_train" else self.eval_n_query
+    def episode(self, split: Split) -> tuple[int, int, int]:
+        """n_way, and support and query examples per class."""
+        if split == "meta_train":
+            return self.n_way, self.k_shot, self.n_query
+        return self.eval_n_way or self.n_way, self.eval_k_shot or self.k_shot, self.eval_n_query
 
 
 class ImageTasks:
@@ -98,9 +106,7 @@ class ImageTasks:
         self.description = {
             "family": config.family,
             "class_split": config.split,
-            "n_way": config.n_way,
-            "k_shot": config.k_shot,
-            "n_query": config.eval_n_query,
+            **dict(zip(("n_way", "k_shot", "n_query"), config.episode("meta_test"), strict=True)),
         }
         total = self.manifest.num_examples * self.manifest.image_bytes
         self.prefetch = total > config.memory_limit_mb << 20
@@ -112,6 +118,7 @@ class ImageTasks:
             members = torch.tensor(self.manifest.members(config.split, split), device=device)
             self._members[split] = members
             self._counts[split] = counts[members]
+        self.train_classes = len(self._members["meta_train"]) * (4 if config.rotations == "new_classes" else 1)
         self._indices = StepsAhead(self._draw, device)
         store = MappedImages if self.prefetch else DeviceImages
         self._images: ImageStore = store(config.data, self.manifest, device)
@@ -128,13 +135,15 @@ class ImageTasks:
         """
         indices = self._indices(split, step, slots, seed=seed)
         images = self._pixels(split, indices)
-        support, query = images[:, :, : self.config.k_shot], images[:, :, self.config.k_shot :]
+        shots = self.config.episode(split)[1]
+        support, query = images[:, :, :shots], images[:, :, shots:]
         return TaskBatch(
             support_x=self._inputs(support),
             support_y=self._labels(support),
             query_x=self._inputs(query),
             query_y=self._labels(query),
             keys=indices.keys,
+            classes=indices.classes,
         )
 
     def pixels(self, split: Split, step: int, slots: Tensor, *, seed: int) -> Tensor:
@@ -157,15 +166,16 @@ class ImageTasks:
     def _draw(self, split: Split, seed: int, steps: Tensor, slots: Tensor) -> EpisodeIndices:
         counts = self._counts[split]
         rotations = self._rotations(split)
+        n_way, k_shot, n_query = self.config.episode(split)
         return sample_indices(
             seed=seed,
             split=split,
             step=steps,
             slots=slots,
             class_counts=counts.repeat(4) if rotations == "new_classes" else counts,
-            n_way=self.config.n_way,
-            k_shot=self.config.k_shot,
-            n_query=self.config.queries_per_class(split),
+            n_way=n_way,
+            k_shot=k_shot,
+            n_query=n_query,
             turn_classes=rotations == "per_class",
         )
 

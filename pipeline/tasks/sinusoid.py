@@ -55,6 +55,7 @@ class SinusoidTasks:
     objective = Regression()
     input_shape = (1,)
     num_outputs = 1
+    train_classes = None
     prefetch = False
 
     def __init__(self, config: SinusoidConfig, *, device: torch.device, dtype: torch.dtype) -> None:

@@ -199,7 +199,7 @@ def _in_float64(batch: TaskBatch) -> TaskBatch:
     support_x, support_y, query_x, query_y = (
         part.double() if part.is_floating_point() else part for part in cast(tuple[Tensor, ...], batch[:4])
     )
-    return TaskBatch(support_x, support_y, query_x, query_y, batch.keys)
+    return TaskBatch(support_x, support_y, query_x, query_y, batch.keys, batch.classes)
 
 
 def _as_float64(named: dict[str, Tensor]) -> dict[str, Tensor]:

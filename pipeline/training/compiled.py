@@ -48,6 +48,7 @@ class Compiled:
         self._algorithm = algorithm
         self.train_steps = algorithm.train_steps
         self.eval_steps = algorithm.eval_steps
+        self.any_way = algorithm.any_way
         self._programs: dict[Signature, _Program] = {}
         self._compiled = 0
         self._eager_because: str | None = None
@@ -59,6 +60,9 @@ class Compiled:
 
     def init(self, seed: int) -> MetaState:
         return self._algorithm.init(seed)
+
+    def describe(self, state: MetaState) -> dict[str, float]:
+        return self._algorithm.describe(state)
 
     def adaptation_path(
         self,
@@ -113,7 +117,7 @@ class Compiled:
 
 
 def _given(batch: TaskBatch) -> list[Tensor]:
-    """Its parts; the keys come last and may be missing."""
+    """Its parts, without those that are missing (keys, classes)."""
     return [part for part in batch if part is not None]
 
 
@@ -182,7 +186,8 @@ def _trace(
         rest = iter(inputs)
         params = {name: next(rest) for name in state.params}
         buffers = {name: next(rest) for name in state.buffers}
-        gradient = algorithm.meta_grad(MetaState(params, buffers), TaskBatch(*rest), step=step)  # type: ignore[arg-type]
+        traced = TaskBatch(*(None if part is None else next(rest) for part in batch))  # type: ignore[arg-type]
+        gradient = algorithm.meta_grad(MetaState(params, buffers), traced, step=step)  # type: ignore[arg-type]
         names = tuple(tuple(part) for part in gradient)
         return [value for part in gradient for value in part.values()]
 

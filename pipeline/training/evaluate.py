@@ -139,11 +139,14 @@ def evaluate(
     for slots in mine.split(chunk or EPISODES_AT_ONCE) if len(mine) else ():
         batch = family.sample(split, 0, slots, seed=seed)
         rows = slots.to(context.device)
-        path = algorithm.adaptation_path(state, batch.support_x, batch.support_y, steps=steps, inductive=True)
+        classes = batch.num_classes
+        path = algorithm.adaptation_path(
+            state, batch.support_x, batch.support_y, steps=steps, inductive=True, num_classes=classes
+        )
         for step, adapted in enumerate(path):
             with torch.no_grad():
                 for m, mode in enumerate(MODES):
-                    outputs = algorithm.predict(adapted, batch.query_x, mode)
+                    outputs = algorithm.predict(adapted, batch.query_x, mode)[..., :classes]
                     results[0, rows, m, step] = family.objective.score(outputs, batch.query_y).to(torch.float64)
                     results[1, rows, m, step] = family.objective.loss(outputs, batch.query_y).to(torch.float64)
     if context.world_size > 1:

@@ -1,0 +1,177 @@
+"""What the algorithms share that learn by the query loss of episodes: the meta-gradient, normalization, prediction.
+
+Such an algorithm says how a learner is adapted to a support set (`_adapt`, with a graph back to the meta-parameters),
+and how an adapted one answers (`_answer`). Its meta-gradient is the derivative of the query loss of that answer.
+
+Meta-parameters are the model's, by the model's names, and what an algorithm learns besides (rates, curvatures, an
+embedding of its own), by names that begin with "ALGORITHM/".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Literal, NamedTuple, Self
+
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+
+from pipeline.config import Section
+from pipeline.errors import ConfigError
+from pipeline.keys import pass_keys
+from pipeline.types import (
+    Adapted,
+    MetaGradient,
+    MetaState,
+    Normalization,
+    Objective,
+    Params,
+    Statistics,
+    TaskBatch,
+    TaskModel,
+)
+
+
+class EpisodicConfig(Section):
+    """Keys of every algorithm that learns from episodes."""
+
+    normalization: Normalization = "transductive"  # of the query set in meta-training
+    inductive_statistics: Literal["support", "running"] = "support"
+    # what inductive prediction normalizes by: the adapted network's statistics on the support set, or running
+    # averages over meta-training
+    running_momentum: float = Field(default=0.99, gt=0, lt=1)  # weight of the old running statistics at each step
+
+    @model_validator(mode="after")
+    def _running_statistics_need_batch_statistics(self) -> Self:
+        if self.normalization == "inductive" and self.inductive_statistics == "running":
+            raise ValueError(
+                "inductive_statistics: running collects batch statistics of query sets, so it needs "
+                "normalization: transductive in training"
+            )
+        return self
+
+
+class Support(NamedTuple):
+    """The support sets of T tasks."""
+
+    x: Any  # what the model's `prepare` made of [T, S, ...]
+    y: Tensor  # [T, S] or [T, S, D]
+    num_classes: int | None  # in the episode; None: as many as the model has outputs
+    tasks: int  # T
+
+
+class Episodic:
+    """Algorithm: see `pipeline.types.Algorithm`. `_adapt`, `adaptation_path` and mostly `_answer` are a subclass's."""
+
+    any_way = False
+    train_steps = 0
+    eval_steps = 0
+
+    def __init__(
+        self, config: Any, *, model: TaskModel, objective: Objective, train_classes: int | None = None
+    ) -> None:
+        self.config = config
+        self.model = model
+        self.objective = objective
+        self._running = config.inductive_statistics == "running"
+
+    def init(self, seed: int) -> MetaState:
+        return MetaState(self.model.init(seed), {})
+
+    def describe(self, state: MetaState) -> dict[str, float]:
+        """What was learned besides the network's parameters, by name, for the metrics of a validation."""
+        return {}
+
+    def adaptation_path(
+        self,
+        state: MetaState,
+        support_x: Tensor,
+        support_y: Tensor,
+        *,
+        steps: int,
+        inductive: bool,
+        num_classes: int | None = None,
+    ) -> Iterator[Adapted]:
+        raise NotImplementedError
+
+    def predict(self, adapted: Adapted, query_x: Tensor, normalization: Normalization) -> Tensor:
+        statistics = adapted.statistics if normalization == "inductive" else None
+        return self._answer(adapted.params, query_x, statistics=statistics)[0]
+
+    def meta_grad(self, state: MetaState, batch: TaskBatch, *, step: int) -> MetaGradient:
+        meta_params = {k: v.detach().requires_grad_() for k, v in state.params.items()}
+        support = Support(self.model.prepare(batch.support_x), batch.support_y, batch.num_classes, len(batch.support_x))
+        query = self.model.prepare(batch.query_x)
+        with torch.enable_grad():
+            *keys, on_query = pass_keys(batch.keys if self.model.stochastic else None, self._support_passes() + 1)
+            adapted, metrics = self._adapt(meta_params, state.buffers, support, keys, step=step)
+            outputs, observed = self._answer(
+                adapted.params,
+                query,
+                statistics=adapted.statistics,
+                observe=self._running,
+                low_precision=True,
+                keys=on_query,
+            )
+            outputs = of_classes(outputs, batch.num_classes)
+            losses = self.objective.loss(outputs, batch.query_y)  # [T]
+            grads = torch.autograd.grad(losses.sum(), list(meta_params.values()), allow_unused=True)
+        metrics = {
+            "meta_loss": losses.detach().sum(),
+            f"train_{self.objective.score_name}": self.objective.score(outputs.detach(), batch.query_y).sum(),
+            **metrics,
+        }
+        statistics = {k: v.detach().sum(dim=0) for k, v in observed.items()}
+        return MetaGradient(named_gradients(meta_params, grads), metrics, statistics)
+
+    def update_buffers(self, buffers: Statistics, observed: Statistics) -> Statistics:
+        """Exponential averages; the first observation starts them."""
+        keep = self.config.running_momentum
+        return {k: keep * buffers[k] + (1 - keep) * v if k in buffers else v for k, v in observed.items()}
+
+    def _support_passes(self) -> int:
+        """Passes over the support set in meta-training, each of which gets keys of its own."""
+        return 1
+
+    def _adapt(
+        self, meta_params: Params, buffers: Statistics, support: Support, keys: list[Tensor | None], *, step: int
+    ) -> tuple[Adapted, dict[str, Tensor]]:
+        """Adapted to the support sets, differentiable with respect to `meta_params`, and metrics summed over tasks.
+
+        Its statistics are those the query pass of meta-training is normalized by: None where the configuration says
+        transductive. keys: for each pass over the support set.
+        """
+        raise NotImplementedError
+
+    def _answer(self, params: Params, query: Any, **how: Any) -> tuple[Tensor, Statistics]:
+        """Adapted parameters [T, ...] and queries -> outputs [T, Q, num_outputs], observed statistics.
+
+        how: as `TaskModel.apply`.
+        """
+        return self.model.apply(params, query, **how)
+
+    @property
+    def _inductive(self) -> bool:
+        """Whether meta-training normalizes the query set by statistics that do not depend on it."""
+        return self.config.normalization == "inductive"
+
+
+def named_gradients(params: Params, grads: tuple[Tensor | None, ...]) -> Params:
+    """By the names of `params`; zeros where the loss does not depend on one."""
+    return {k: torch.zeros_like(v) if g is None else g for (k, v), g in zip(params.items(), grads, strict=True)}
+
+
+def of_classes(outputs: Tensor, num_classes: int | None) -> Tensor:
+    """Outputs [..., D] -> those of the episode's classes [..., num_classes]."""
+    return outputs if num_classes is None or num_classes == outputs.shape[-1] else outputs[..., :num_classes]
+
+
+def per_task(params: Params, tasks: int) -> Params:
+    """[...] -> [tasks, ...] per leaf, without copying; its backward sums over tasks."""
+    return {k: v.expand(tasks, *v.shape) for k, v in params.items()}
+
+
+def only_classification(name: str, objective: Objective) -> None:
+    """Raises ConfigError: the task is not a classification."""
+    if objective.name != "classification":
+        raise ConfigError(f"algorithm.name: {name} classifies, the task is a {objective.name}. Choose another of both.")

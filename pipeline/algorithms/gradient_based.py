@@ -1,0 +1,166 @@
+"""What the algorithms share that adapt by gradient steps: the inner loop, its options, and the way through it.
+
+A subclass is one paper: it changes where adaptation starts (`_start`), what a step uses (`_learned`, `_rates`,
+`_transform`), which parameters move (`freeze`), or how the meta-gradient is taken (`meta_grad`).
+
+The state of the inner loop is a dict of named tensors, each with a leading task axis: the parameters that adapt, by
+their own names, and the inner optimizer's. What steps use and do not change is another one, `learned`: parameters that
+stay, rates. Everything a meta-gradient should reach is in one of them, so that any step can be recomputed.
+
+Where only the head adapts, the body's features of the support set are computed once (ANIL's saving).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.algorithms import inner_steps
+from pipeline.algorithms.episodic import Episodic, Support, of_classes, per_task
+from pipeline.algorithms.inner_optimizer import InnerLoopConfig, InnerOptimizer, gradients, not_frozen
+from pipeline.types import Adapted, MetaState, Objective, Params, Statistics, TaskModel
+
+FEATURES = "support/features"  # [T, S, F], among what steps use
+
+
+class GradientBased(Episodic):
+    """Algorithm: gradient steps on the support loss, θ' = θ − α ∇L_support(θ), and the query loss through them."""
+
+    config: InnerLoopConfig
+
+    def __init__(
+        self, config: InnerLoopConfig, *, model: TaskModel, objective: Objective, train_classes: int | None = None
+    ) -> None:
+        super().__init__(config, model=model, objective=objective)
+        self.train_steps = config.adaptation_steps
+        self.eval_steps = config.eval_adaptation_steps or config.adaptation_steps
+        self.optimizer = InnerOptimizer(config)
+        names = model.parameter_names
+        self.adapted_names = not_frozen(names, self._left_alone(names))  # the parameters that inner steps change
+
+    def _left_alone(self, names: list[str]) -> list[str]:
+        """Patterns of the model's parameters that inner steps do not change."""
+        return self.config.freeze
+
+    def adaptation_path(
+        self,
+        state: MetaState,
+        support_x: Tensor,
+        support_y: Tensor,
+        *,
+        steps: int,
+        inductive: bool,
+        num_classes: int | None = None,
+    ) -> Iterator[Adapted]:
+        meta_params = {k: v.detach() for k, v in state.params.items()}
+        support = Support(self.model.prepare(support_x), support_y, num_classes, len(support_x))
+        with torch.no_grad():
+            inner, learned = self._start(meta_params, support, None)
+        for number in range(steps + 1):
+            if number:
+                with torch.enable_grad():
+                    inner = {k: v.detach().requires_grad_() for k, v in inner.items()}
+                    inner = self._inner_step(inner, learned, number - 1, support, create_graph=False, keys=None)
+            with torch.no_grad():
+                params = self._params(inner, learned)
+                yield self._adapted(params, state.buffers, support, inductive=inductive, step=number)
+
+    def _support_passes(self) -> int:
+        return self.train_steps + 1
+
+    def _adapt(
+        self, meta_params: Params, buffers: Statistics, support: Support, keys: list[Tensor | None], *, step: int
+    ) -> tuple[Adapted, dict[str, Tensor]]:
+        *of_steps, on_support = keys
+        inner, learned = self._start(meta_params, support, of_steps[0])
+        inner = inner_steps.unroll(
+            lambda inner, learned, number, *, create_graph: self._inner_step(
+                inner, learned, number, support, create_graph=create_graph, keys=of_steps[number]
+            ),
+            inner,
+            self.train_steps,
+            learned=learned,
+            first_order=self._first_order(step),
+            recompute=self.config.recompute_inner_steps,
+        )
+        params = self._params(inner, learned)
+        adapted = self._adapted(
+            params, buffers, support, inductive=self._inductive, step=self.train_steps, keys=on_support
+        )
+        return adapted, {}
+
+    def _first_order(self, step: int) -> bool:
+        """Whether outer step `step` takes the inner gradients as constants."""
+        return self.config.first_order
+
+    def _start(self, meta_params: Params, support: Support, keys: Tensor | None) -> tuple[Params, Params]:
+        """The inner loop's state before its first step, and what steps use and do not change."""
+        adapted = per_task({k: meta_params[k] for k in self.adapted_names}, support.tasks)
+        learned = per_task({k: v for k, v in meta_params.items() if k not in adapted}, support.tasks)
+        if set(adapted) <= set(self.model.head):
+            learned[FEATURES] = self.model.features(self._params(adapted, learned), support.x, keys=keys)[0]
+        return adapted | self.optimizer.start(adapted), learned
+
+    def _inner_step(
+        self,
+        inner: Params,
+        learned: Params,
+        number: int,
+        support: Support,
+        *,
+        create_graph: bool,
+        keys: Tensor | None,
+    ) -> Params:
+        """One step of every task at once (tasks are independent: the sum's gradient is each one's)."""
+        adapted = {k: inner[k] for k in self.adapted_names}
+        outputs = self._support_outputs(adapted, learned, support.x, keys)
+        losses = self.objective.loss(of_classes(outputs, support.num_classes), support.y)
+        grads = gradients(losses.sum(), adapted, create_graph=create_graph)
+        grads = self._transform(grads, learned, number)
+        optimizer = {k: v for k, v in inner.items() if k not in adapted}
+        adapted, optimizer = self.optimizer.update(adapted, optimizer, grads, self._rates(learned, number))
+        return adapted | optimizer
+
+    def _support_outputs(self, adapted: Params, learned: Params, support: Any, keys: Tensor | None) -> Tensor:
+        params = self._params(adapted, learned)
+        if FEATURES in learned:
+            weight, bias = (params[name] for name in self.model.head)
+            return linear(learned[FEATURES], weight, bias)
+        return self.model.apply(params, support, keys=keys)[0]
+
+    def _transform(self, grads: Params, learned: Params, number: int) -> Params:
+        """Step `number`'s gradients as the inner optimizer gets them."""
+        return grads
+
+    def _rates(self, learned: Params, number: int) -> Params | None:
+        """The rates of step `number` by parameter, [T, ...] each; None: the configuration's α for all."""
+        return None
+
+    def _params(self, inner: Params, learned: Params) -> Params:
+        """The adapted network's parameters [T, ...], under the model's names."""
+        return {k: v for k, v in (inner | learned).items() if "/" not in k}
+
+    def _adapted(
+        self,
+        params: Params,
+        buffers: Statistics,
+        support: Support,
+        *,
+        inductive: bool,
+        step: int,
+        keys: Tensor | None = None,
+    ) -> Adapted:
+        """With the statistics for inductive prediction after `step` inner steps, where that is asked for."""
+        if not inductive:
+            return Adapted(params, None)
+        if self._running and buffers:
+            return Adapted(params, per_task(buffers, support.tasks))
+        return Adapted(params, self.model.apply(params, support.x, observe=True, keys=keys)[1])
+
+
+def linear(features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """Features [T, N, F], weight [T, D, F], bias [T, D] -> [T, N, D]."""
+    return torch.baddbmm(bias.unsqueeze(1), features, weight.transpose(1, 2))
