@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 import torch
 from pydantic import Field, field_serializer, field_validator, model_validator
 
-from pipeline import config
+from pipeline import config, kernels
 from pipeline.algorithms import ALGORITHMS
 from pipeline.config import Section
 from pipeline.errors import ConfigError
@@ -50,7 +50,9 @@ class TrainingConfig(Section):
     # of conv4, all of them exact. auto: native (C++, on CPUs with a compiler) where it can be built, else closed
     # (PyTorch alone, any device); pure: PyTorch's own derivatives, slow, the reference
     precision: Precision = "float32"
-    # mixed: the query pass of training in bfloat16, adaptation and evaluation in float32 (native kernels only)
+    # mixed: the query pass of training in bfloat16, adaptation and evaluation in float32 (conv4; on CPUs its native
+    # kernels, on GPUs the closed ones)
+    tf32: bool = False  # on GPUs: products in TF32, several times as fast and with 10 bits; not exact any more
     compile: bool = False
     # the meta-gradient as one compiled program (inductor): the same but for rounding. It is made at the start of a run,
     # which takes up to a minute, and kept for the next. Pays in runs of minutes where ops take longer to launch than
@@ -82,9 +84,15 @@ class TrainingConfig(Section):
     def _kernels_fit(self) -> TrainingConfig:
         if self.kernel == "native" and self.use_gpu:
             raise ValueError("kernel: native is for CPUs and use_gpu is true: set kernel to auto or closed")
-        if self.precision == "mixed" and (self.kernel in ("pure", "closed") or self.use_gpu):
-            given = "use_gpu: true" if self.use_gpu else f"kernel: {self.kernel}"
-            raise ValueError(f"precision: mixed needs the native kernels, which {given} rules out: set it to float32")
+        fitting = "closed" if self.use_gpu else "native"
+        if self.precision == "mixed" and self.kernel not in ("auto", fitting):
+            where = "a GPU" if self.use_gpu else "a CPU"
+            raise ValueError(
+                f"precision: mixed needs the {fitting} kernels on {where}, which kernel: {self.kernel} rules out: set "
+                "precision to float32, or kernel to auto"
+            )
+        if self.tf32 and not self.use_gpu:
+            raise ValueError("tf32 is for GPUs and use_gpu is false: leave it out")
         if self.precision == "mixed" and self.dtype != "float32":
             raise ValueError(f"precision: mixed keeps parameters in float32, dtype is {self.dtype}")
         return self
@@ -199,8 +207,10 @@ def build(experiment: Experiment, *, device: torch.device) -> Components:
         dtype=dtype,
         device=device,
         kernel=_kernel_on(device, experiment.training.kernel),
-        precision=experiment.training.precision if device.type == "cpu" else "float32",
+        precision=experiment.training.precision,
     )
+    if device.type == "cuda":
+        kernels.allow_tf32(experiment.training.tf32)
     algorithm = experiment.algorithm.build(model=model, objective=family.objective, train_classes=family.train_classes)
     n_way = family.description.get("n_way") or 0
     if n_way > family.num_outputs and not algorithm.any_way:

@@ -4,7 +4,8 @@
 - closed: PyTorch alone, on any device, with ops whose derivatives are again these ops (`closed.py`).
 - native: the same with C++ for what is bound by memory on a CPU (`native.py`, `native.cpp`).
 
-All of them are exact. `precision: mixed` lets a training step's query pass keep its activations in bfloat16.
+All of them are exact. `precision: mixed` lets a training step's query pass keep its activations in bfloat16: native
+kernels on CPUs that compute in it, closed ones on GPUs.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def choose(kernel: Kernel, precision: Precision, *, device: torch.device, channe
     if precision == "mixed":
         if dtype != torch.float32:
             raise ConfigError("training.precision: mixed keeps parameters in float32, training.dtype is not.")
-        reason = unfit if kernel != "native" else native.why_slow_in_bfloat16()
+        reason = _why_not_mixed(kernel, device, unfit)
         if reason:
             _say_once(f"precision: mixed is not used: {reason}; training goes on in float32")
             precision = "float32"
@@ -60,6 +61,20 @@ def only_stock_ops(name: str, kernel: Kernel, precision: Precision) -> None:
         raise ConfigError(f"training.kernel: native: the model {name} has no native kernels. Set it to auto.")
     if precision == "mixed":
         raise ConfigError(f"training.precision: mixed: the model {name} has no kernels for it. Set it to float32.")
+
+
+def _why_not_mixed(kernel: Kernel, device: torch.device, unfit: str | None) -> str | None:
+    """None where bfloat16 is computed in, and by kernels that are made for it."""
+    if device.type == "cuda":
+        has = torch.cuda.get_device_capability(device) >= (8, 0)
+        return None if kernel == "closed" and has else "it needs the closed kernels and a GPU of Ampere or later"
+    return native.why_slow_in_bfloat16() if kernel == "native" else unfit or "on a CPU it needs the native kernels"
+
+
+def allow_tf32(allowed: bool) -> None:
+    """Whether CUDA may round the factors of float32 products to TF32's 10 bits. Of this process, for everything."""
+    torch.backends.cudnn.allow_tf32 = allowed
+    torch.backends.cuda.matmul.allow_tf32 = allowed
 
 
 def _why_not_native(device_type: str, channels: int) -> str | None:

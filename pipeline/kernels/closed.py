@@ -169,7 +169,8 @@ class _WeightGradient(Function):
 def norm_relu_pool(x: Tensor, gain: Tensor, offset: Tensor, *, pool: int) -> Tensor:
     """pool(relu(gain · x̂ + offset)), x̂ normalized by the batch statistics of x [N, C, H, W]; gain, offset [C].
 
-    pool: side of the max-pooling window, 1 for none. Twice differentiable.
+    pool: side of the max-pooling window, 1 for none. Twice differentiable. x may be in bfloat16, gain and offset in
+    float32: activations and their cotangents are then kept in bfloat16, and everything is computed in float32.
     """
     return _Norm.apply(x, gain, offset, pool)
 
@@ -187,20 +188,25 @@ def _mean(x: Tensor) -> Tensor:
     return x.mean(dim=(0, 2, 3))
 
 
+def _wide(x: Tensor) -> Tensor:
+    return x.float() if x.dtype == torch.bfloat16 else x
+
+
 class _Norm(Function):
     """y = pool(relu(gain · r · (x − mean) + offset)), with r = 1/√(variance + eps)."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, gain: Tensor, offset: Tensor, pool: int) -> Tensor:
         # the stock channels-last batch_norm sums naively: ten to a hundred times less accurate than these means
-        mean = _mean(x)
-        centered = x - _per_channel(mean)
+        wide = _wide(x)
+        mean = _mean(wide)
+        centered = wide - _per_channel(mean)
         r = torch.rsqrt(_mean(centered.square()) + EPSILON)
         y = torch.addcmul(_per_channel(offset), centered, _per_channel(gain * r), out=centered)
         winner = None
         if pool > 1:
             y, winner = aten.max_pool2d_with_indices(y, [pool, pool], [pool, pool])
-        y = y.relu_()
+        y = y.relu_().to(x.dtype)
         ctx.save_for_backward(x, gain, mean, r, y, winner)
         ctx.pool = pool
         return y
@@ -220,14 +226,15 @@ class _NormBackward(Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, gain: Tensor, gy: Tensor, *saved: Any) -> tuple[Tensor, Tensor, Tensor]:
         mean, r, y, winner, ctx.pool = saved
-        a = _to_winners(aten.threshold_backward(gy, y, 0), x, winner, ctx.pool)
+        wide = _wide(x)
+        a = _to_winners(_wide(aten.threshold_backward(gy, y, 0)), wide, winner, ctx.pool)
         mean_a = _mean(a)
-        mean_ax = (_mean(a * x) - mean * mean_a) * r
+        mean_ax = (_mean(a * wide) - mean * mean_a) * r
         scale = gain * r
-        gx = _affine(x, mean, -scale * r * mean_ax, -scale * mean_a).addcmul_(a, _per_channel(scale))
+        gx = _affine(wide, mean, -scale * r * mean_ax, -scale * mean_a).addcmul_(a, _per_channel(scale))
         ctx.save_for_backward(x, gain, gy, mean, r, y, winner, mean_a, mean_ax)
         count = x.numel() // x.shape[1]
-        return gx, mean_ax * count, mean_a * count
+        return gx.to(x.dtype), mean_ax * count, mean_a * count
 
     @staticmethod
     @once_differentiable
@@ -238,7 +245,8 @@ class _NormBackward(Function):
         d_gain = r · count · D,   d_gy = gain·r · (vx − V0) + k · x̂ + v_offset at the winners
         """
         x, gain, gy, mean, r, y, winner, mean_a, mean_ax = ctx.saved_tensors
-        a = _to_winners(aten.threshold_backward(gy, y, 0), x, winner, ctx.pool)
+        dtype, x, vx = x.dtype, _wide(x), _wide(vx)
+        a = _to_winners(_wide(aten.threshold_backward(gy, y, 0)), x, winner, ctx.pool)
         scale = gain * r
         v0 = _mean(vx)
         v1 = (_mean(vx * x) - mean * v0) * r
@@ -248,9 +256,9 @@ class _NormBackward(Function):
         )
         d_x = d_x.addcmul_(a, _per_channel(r * k)).addcmul_(vx, _per_channel(-r * scale * mean_ax))
         d_gy = _affine(x, mean, k * r, v_offset - scale * v0).addcmul_(vx, _per_channel(scale))
-        d_gy = aten.threshold_backward(_at_winners(d_gy, winner), y, 0)
+        d_gy = aten.threshold_backward(_at_winners(d_gy, winner), _wide(y), 0)
         count = x.numel() // x.shape[1]
-        return d_x, r * count * d, d_gy, None, None, None, None, None
+        return d_x.to(dtype), r * count * d, d_gy.to(dtype), None, None, None, None, None
 
 
 def _affine(x: Tensor, mean: Tensor, factor: Tensor, summand: Tensor) -> Tensor:

@@ -104,3 +104,18 @@ def test_a_compiled_meta_gradient_is_the_eager_one(
     assert fast.programs == 1
     for name, value in theirs.grads.items():
         assert float((ours.grads[name] - value).norm() / value.norm()) <= 1e-10, name
+
+
+@pytest.mark.parametrize(("options", "most"), [({"tf32": True}, 0.05), ({"precision": "mixed"}, 0.2)])
+def test_lower_precisions_point_the_same_way(options: dict, most: float, tiny_data: Path, tmp_path: Path) -> None:
+    device = torch.device("cuda")
+    gradients = []
+    for settings in ({}, options):
+        exp = experiment(tmp_path, tiny_data, use_gpu=True, dtype="float32", **settings)
+        parts = experiments.build(exp, device=device)
+        state = parts.algorithm.init(0)
+        state = state._replace(params={name: value.to(device) for name, value in state.params.items()})
+        batch = parts.family.sample("meta_train", 0, torch.arange(16, device=device), seed=0)
+        grads = parts.algorithm.meta_grad(state, batch, step=0).grads
+        gradients.append(torch.cat([g.flatten() for g in grads.values()]))
+    assert 0 < float((gradients[1] - gradients[0]).norm() / gradients[0].norm()) < most

@@ -258,13 +258,15 @@ def test_float32_statistics_of_a_large_mean(kernel: str) -> None:
 
 @pytest.mark.parametrize(("precision", "cosine"), [("float32", 0.9999), ("mixed", 0.98)])
 @pytest.mark.parametrize("downsample", ["max_pool", "stride"])
-def test_lower_precisions_point_the_same_way(downsample: str, precision: str, cosine: float) -> None:
+@pytest.mark.parametrize("kernel", ["closed", "native"])
+def test_lower_precisions_point_the_same_way(kernel: str, downsample: str, precision: str, cosine: float) -> None:
     """Against float64. Not more can be asked of single numbers: the meta-gradient jumps at ReLU and max kinks."""
-    need("native")
+    need(kernel)
     shape, model = (1, 28, 28), {"downsample": downsample, "hidden": 64}
-    if precision == "mixed" and native.why_slow_in_bfloat16():
+    if kernel == "native" and precision == "mixed" and native.why_slow_in_bfloat16():
         pytest.skip("this CPU has no bfloat16")
-    single = conv4("native", shape, torch.float32, model=model, precision=precision)
+    single = conv4(kernel, shape, torch.float32, model=model)
+    single.precision = precision  # type: ignore[assignment]  # the closed kernels' is chosen on GPUs only
     ours = meta_gradient(single, episodes(shape, dtype=torch.float32), adaptation_steps=1)
     exact = meta_gradient(conv4("pure", shape, model=model), episodes(shape), adaptation_steps=1)
     tolerance = {"float32": 1e-5, "mixed": 0.05}[precision]
@@ -330,6 +332,14 @@ def test_what_is_given_up_is_said_once(monkeypatch: pytest.MonkeyPatch, caplog: 
         chosen("native")
 
 
+@pytest.mark.parametrize(("capability", "expected"), [((9, 0), "mixed"), ((7, 5), "float32")])
+def test_a_gpu_has_mixed_precision_from_ampere_on(
+    capability: tuple[int, int], expected: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    assert chosen("auto", "mixed", device=torch.device("cuda")) == ("closed", expected)
+
+
 def test_a_cpu_without_bfloat16_trains_in_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "why_not", lambda: None)
     monkeypatch.setattr(native, "why_slow_in_bfloat16", lambda: "this CPU does not compute in bfloat16")
@@ -341,7 +351,8 @@ def test_a_cpu_without_bfloat16_trains_in_float32(monkeypatch: pytest.MonkeyPatc
     [
         ({"kernel": "native", "use_gpu": True}, "native is for CPUs"),
         ({"precision": "mixed", "kernel": "closed"}, "needs the native kernels"),
-        ({"precision": "mixed", "use_gpu": True}, "needs the native kernels"),
+        ({"precision": "mixed", "kernel": "pure", "use_gpu": True}, "needs the closed kernels on a GPU"),
+        ({"tf32": True}, "tf32 is for GPUs"),
         ({"precision": "mixed", "dtype": "float64"}, "dtype is float64"),
     ],
 )

@@ -21,7 +21,7 @@ class Point:
     """A model whose output is its parameter: with a squared loss, a quadratic in the parameters."""
 
     stochastic = False
-    parameter_names = ["theta"]
+    parameter_names = ("theta",)
     head = ("head.weight", "head.bias")  # it has none
 
     def init(self, seed: int) -> Params:
