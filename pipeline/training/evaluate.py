@@ -125,16 +125,19 @@ def evaluate(
     data_digest: str,
     chunk: int | None,
     steps: int | None = None,
+    last_only: bool = False,
     context: Context | None = None,
 ) -> Evaluation:
     """Evaluate on `episodes` fixed episodes, shared among the context's ranks; every rank gets the whole result.
 
     steps: adaptation steps, by default the algorithm's own for evaluation. chunk: episodes adapted at once (None: 32).
+    last_only: score the queries after the last adaptation step alone, [E, M, 1]: validation needs no more.
     """
     context = context or LocalContext()
     steps = algorithm.eval_steps if steps is None else steps
     # float64 and zeros for the other ranks' rows: the sum over ranks is then exact, whatever the number of ranks
-    results = torch.zeros(2, episodes, len(MODES), steps + 1, dtype=torch.float64, device=context.device)
+    scored = 1 if last_only else steps + 1
+    results = torch.zeros(2, episodes, len(MODES), scored, dtype=torch.float64, device=context.device)
     mine = torch.arange(episodes)[context.rank :: context.world_size]
     for slots in mine.split(chunk or EPISODES_AT_ONCE) if len(mine) else ():
         batch = family.sample(split, 0, slots, seed=seed)
@@ -143,7 +146,9 @@ def evaluate(
         path = algorithm.adaptation_path(
             state, batch.support_x, batch.support_y, steps=steps, inductive=True, num_classes=classes
         )
-        for step, adapted in enumerate(path):
+        for step, adapted in enumerate(path, start=scored - steps - 1):
+            if step < 0:
+                continue
             with torch.no_grad():
                 for m, mode in enumerate(MODES):
                     outputs = algorithm.predict(adapted, batch.query_x, mode)[..., :classes]

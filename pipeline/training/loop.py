@@ -305,6 +305,7 @@ def _validate(
         episodes=experiment.evaluation.validation_episodes,
         data_digest=run.read()["data_digest"],
         chunk=state.plan.chunk if state.plan else None,
+        last_only=True,
         context=context,
     )
     score = evaluation.score(experiment.evaluation.selection_mode).mean
