@@ -25,7 +25,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         item.add_marker(pytest.mark.xdist_group(folder if folder == "integration" else "distributed"))
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def one_thread() -> Iterator[None]:
     """As workers run. On a busy machine the threads of small ops wait for each other much longer than they work."""
     before = torch.get_num_threads()

@@ -1,106 +1,38 @@
-"""What every algorithm of the registry must do, on tiny networks and in process."""
+"""What every algorithm of the registry must do, on tiny networks and in process. The table of them: `entries.py`."""
 
 from __future__ import annotations
 
-import functools
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from pipeline import experiment as experiments
-from pipeline.algorithms import ALGORITHMS
-from pipeline.experiment import Components
-from pipeline.kernels import native
-from pipeline.learner import Learner, card_of, write_model
+from pipeline.experiment import Experiment
+from pipeline.learner import Learner, write_model
+from pipeline.runs import RunFolder
 from pipeline.training import outer
 from pipeline.training.checkpoint import CheckpointStore, TrainState
-from pipeline.training.step import split_tasks
+from pipeline.training.context import LocalContext
+from pipeline.training.loop import train
+from pipeline.training.step import GlobalGradient, global_gradient, slots_of_rank, split_tasks
 from pipeline.types import MetaGradient, MetaState, TaskBatch
+from tests.contract.entries import ENTRIES, TASKS, Case, build, card, cases, observed, plain, registered, sample
+from tests.faults import assert_same_end, open_run
 
-TASKS = 6
-REQUIRED = {name: {"inner_lr": 0.1} for name in ("maml", "anil", "boil")}  # keys without a default
-VARIANTS: dict[str, list[dict[str, Any]]] = {
-    "maml": [
-        {},
-        {"first_order": True},
-        {"adaptation_steps": 3},
-        {"normalization": "inductive"},
-        {"inductive_statistics": "running"},
-        {"inner_optimizer": "adam", "inner_lr": 0.01, "adaptation_steps": 2, "inner_gradient_clip": 1.0},
-        {"inner_momentum": 0.9, "inner_weight_decay": 0.01, "adaptation_steps": 2, "recompute_inner_steps": True},
-    ],
-    "anil": [{}, {"adaptation_steps": 3, "recompute_inner_steps": True}],
-    "boil": [{}],
-}
-IMAGES = {"family": "images", "split": "random", "n_query": 3, "eval_n_query": 3}
-MODULE = {"name": "module", "factory": f"{__name__}:network", "dropout": True}
-CONV4 = {"name": "conv4", "hidden": 16, "downsample": "stride"}
-KERNELS = ("pure", "closed", "native")
-# name: task, model, kernel
-PROBLEMS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
-    "images": (IMAGES, {"name": "mlp", "hidden": [16], "normalization": "batch"}, "auto"),
-    "sinusoid": ({"family": "sinusoid"}, {"name": "mlp", "hidden": [16]}, "auto"),
-    "module by loop": (IMAGES, {**MODULE, "batching": "loop"}, "auto"),
-    "module by vmap": (IMAGES, {**MODULE, "batching": "vmap"}, "auto"),
-    **{f"conv4 {kernel}": (IMAGES, CONV4, kernel) for kernel in KERNELS},
-}
-pytestmark = pytest.mark.usefixtures("one_thread")
-KERNEL_VARIANTS = [{}, {"inductive_statistics": "running"}]  # the others are MAML's, whatever the kernel
+FEW_STEPS = 12
+ROUNDING = {"rtol": 1e-10, "atol": 1e-12}
 
 
-def network() -> nn.Module:
-    return nn.Sequential(
-        nn.Conv2d(1, 4, 3, stride=3), nn.BatchNorm2d(4), nn.Tanh(), nn.Dropout(0.2), nn.Flatten(), nn.Linear(64, 5)
-    )
+@pytest.fixture(scope="module", params=cases())
+def case(request: pytest.FixtureRequest, tiny_data: Path, one_thread: None) -> Case:
+    return Case(*request.param, tiny_data)
 
 
-def algorithm_names() -> list[str]:
-    return [config.model_fields["name"].annotation.__args__[0] for config in ALGORITHMS]
-
-
-def cases() -> list:
-    return [
-        pytest.param((name, variant, problem), id="-".join([name, problem, *(f"{k}={v}" for k, v in variant.items())]))
-        for name in algorithm_names()
-        for problem in PROBLEMS
-        for variant in VARIANTS.get(name, [{}])
-        if variant in KERNEL_VARIANTS or not problem.startswith("conv4")
-    ]
-
-
-def experiment_of(name: str, variant: dict, problem: str, data: Path) -> experiments.Experiment:
-    task, model, kernel = PROBLEMS[problem]
-    if task["family"] == "images":
-        task = {**task, "data": str(data)}
-    content = {
-        "name": "contract",
-        "task": task,
-        "model": model,
-        "algorithm": {"name": name, **REQUIRED.get(name, {}), **variant},
-        "training": {
-            "steps": 1,
-            "backend": "local",
-            "dtype": "float64",
-            "meta_batch_size": TASKS,
-            "kernel": kernel,
-        },
-    }
-    return experiments.from_dict(content, source="contract")
-
-
-@pytest.fixture(params=cases())
-def case(request: pytest.FixtureRequest, tiny_data: Path) -> tuple[experiments.Experiment, Components]:
-    if request.param[2] == "conv4 native" and native.why_not():
-        pytest.skip(f"no native kernels here: {native.why_not()}")
-    experiment = experiment_of(*request.param, tiny_data)
-    return experiment, experiments.build(experiment, device=torch.device("cpu"))
-
-
-def sample(parts: Components, tasks: int = TASKS) -> TaskBatch:
-    return parts.family.sample("meta_train", 0, torch.arange(tasks), seed=1)
+@pytest.fixture(scope="module", params=plain())
+def plain_case(request: pytest.FixtureRequest, tiny_data: Path, one_thread: None) -> Case:
+    return Case(*request.param, tiny_data)
 
 
 def assert_same(ours: dict[str, Tensor], theirs: dict[str, Tensor], **tolerance: float) -> None:
@@ -109,133 +41,212 @@ def assert_same(ours: dict[str, Tensor], theirs: dict[str, Tensor], **tolerance:
         torch.testing.assert_close(ours[name], value, **(tolerance or {"rtol": 0, "atol": 0}), msg=name)
 
 
-def last(parts: Components, state: MetaState, batch: TaskBatch) -> Tensor:
-    steps = parts.algorithm.eval_steps
-    path = parts.algorithm.adaptation_path(state, batch.support_x, batch.support_y, steps=steps, inductive=True)
+def assert_same_gradient(ours: Any, theirs: Any, **tolerance: float) -> None:
+    for field in MetaGradient._fields:
+        assert_same(getattr(ours, field), getattr(theirs, field), **tolerance)
+
+
+def last(case: Case, batch: TaskBatch) -> Tensor:
+    steps = case.algorithm.eval_steps
+    path = case.algorithm.adaptation_path(case.state, batch.support_x, batch.support_y, steps=steps, inductive=True)
     *_, adapted = path
-    return parts.algorithm.predict(adapted, batch.query_x, "inductive")
+    return case.algorithm.predict(adapted, batch.query_x, "inductive")
 
 
 def test_every_algorithm_is_covered() -> None:
-    assert set(algorithm_names()) == set(VARIANTS)
+    assert set(registered()) == set(ENTRIES)
 
 
-def test_shapes_and_determinism_without_global_random_numbers(case: tuple) -> None:
-    _, parts = case
-    random_state = torch.random.get_rng_state()
-    state = parts.algorithm.init(3)
-    gradient = parts.algorithm.meta_grad(state, sample(parts), step=0)
-    assert torch.equal(torch.random.get_rng_state(), random_state)
+def test_shapes(case: Case) -> None:
+    state, gradient = case.state, case.gradient
     assert gradient.grads.keys() == state.params.keys()
     assert all(gradient.grads[k].shape == v.shape for k, v in state.params.items())
     assert all(value.ndim == 0 for value in gradient.metrics.values())
     assert any(float(g.abs().max()) > 0 for g in gradient.grads.values())
-    again = parts.algorithm.meta_grad(parts.algorithm.init(3), sample(parts), step=0)
-    for ours, theirs in zip(again, gradient, strict=True):
-        assert_same(ours, theirs)
+    assert {name for name in state.params if "/" not in name} == set(case.parts.model.parameter_names)
+    assert all(name.startswith(f"{case.name}/") for name in state.params if "/" in name)
+    answers = last(case, case.batch)
+    assert answers.shape == (*case.batch.query_y.shape[:2], case.parts.family.num_outputs)
 
 
-def test_meta_grad_leaves_its_inputs_alone(case: tuple) -> None:
-    _, parts = case
-    state, batch = parts.algorithm.init(3), sample(parts)
-    before = [v.clone() for v in [*state.params.values(), *batch[:4]]]
-    parts.algorithm.meta_grad(state, batch, step=0)
+def test_determinism_without_global_random_numbers_or_changed_inputs(case: Case) -> None:
+    random_state = torch.random.get_rng_state()
+    torch.manual_seed(1)  # other global random numbers than those the case was made with
+    try:
+        state, batch = case.algorithm.init(3), sample(case.parts)
+        before = [v.clone() for v in [*state.params.values(), *batch[:4]]]
+        seeded = torch.random.get_rng_state()
+        assert_same(state.params, case.state.params)
+        assert_same_gradient(case.algorithm.meta_grad(state, batch, step=0), case.gradient)
+        assert torch.equal(torch.random.get_rng_state(), seeded)
+    finally:
+        torch.random.set_rng_state(random_state)
     assert all(torch.equal(a, b) for a, b in zip(before, [*state.params.values(), *batch[:4]], strict=True))
     assert all(v.grad is None for v in state.params.values())
 
 
-def test_order_and_chunks_of_tasks_do_not_matter(case: tuple) -> None:
-    _, parts = case
-    state, batch = parts.algorithm.init(3), sample(parts)
-    whole = parts.algorithm.meta_grad(state, batch, step=0)
+def test_order_and_chunks_of_tasks_do_not_matter(case: Case) -> None:
     order = torch.tensor([4, 0, 5, 1, 3, 2])
-    pieces = split_tasks(batch.tasks(order), 4)
-    parts_of_it = [parts.algorithm.meta_grad(state, piece, step=0) for piece in pieces]
+    pieces = [case.algorithm.meta_grad(case.state, piece, step=0) for piece in split_tasks(case.batch.tasks(order), 4)]
     for field in MetaGradient._fields:
-        add = functools.partial(_sum, [getattr(piece, field) for piece in parts_of_it])
-        assert_same({k: add(k) for k in getattr(whole, field)}, getattr(whole, field), rtol=1e-10, atol=1e-12)
+        whole = getattr(case.gradient, field)
+        summed = {name: torch.stack([getattr(piece, field)[name] for piece in pieces]).sum(0) for name in whole}
+        assert_same(summed, whole, **ROUNDING)
 
 
-def _sum(pieces: list[dict[str, Tensor]], name: str) -> Tensor:
-    return torch.stack([piece[name] for piece in pieces]).sum(0)
+class OneAfterAnother(LocalContext):
+    """A rank of several that run one after another in this process: the last one gets the sum over all."""
+
+    def __init__(self, rank: int, world_size: int, sums: list[Tensor]) -> None:
+        super().__init__()
+        self.rank, self.world_size = rank, world_size
+        self._sums, self._calls = sums, 0
+
+    def all_reduce(self, flat: Tensor) -> None:
+        if self._calls < len(self._sums):
+            flat += self._sums[self._calls]
+            self._sums[self._calls] = flat.clone()
+        else:
+            self._sums.append(flat.clone())
+        self._calls += 1
 
 
-def test_tasks_do_not_see_each_other(case: tuple) -> None:
+def test_any_number_of_workers_gives_the_same_gradient(case: Case) -> None:
+    """W = 1, 2, 4 with shares as unequal as 2, 2, 1, 1, through the step of the training loop."""
+
+    def of_workers(world_size: int) -> GlobalGradient:
+        sums: list[Tensor] = []
+        for rank in range(world_size):
+            context = OneAfterAnother(rank, world_size, sums)
+            share = case.batch.tasks(slots_of_rank(context, TASKS))
+            gradient = global_gradient(context, case.algorithm, case.state, share, step=0, chunk=None)
+        assert gradient.finite
+        return gradient
+
+    mean = MetaGradient(*({name: value / TASKS for name, value in part.items()} for part in case.gradient))
+    assert_same_gradient(of_workers(1), mean)
+    for world_size in (2, 4):
+        assert_same_gradient(of_workers(world_size), mean, **ROUNDING)
+
+
+def test_tasks_do_not_see_each_other(case: Case) -> None:
     """A task's answers are the same alone and among others: nothing leaks between tasks."""
-    _, parts = case
-    state, batch = parts.algorithm.init(3), sample(parts)
-    together = last(parts, state, batch)
-    alone = last(parts, state, batch.tasks(slice(2, 3)))
+    together, alone = last(case, case.batch), last(case, case.batch.tasks(slice(2, 3)))
     torch.testing.assert_close(together[2:3], alone, rtol=1e-10, atol=1e-10)
 
 
-def test_queries_do_not_reach_the_adapted_learner(case: tuple) -> None:
+def test_queries_do_not_reach_the_adapted_learner(case: Case) -> None:
     """Inductive answers do not depend on which other queries are asked, nor does adaptation see any query."""
-    _, parts = case
-    state, batch = parts.algorithm.init(3), sample(parts)
-    everything = last(parts, state, batch)
-    first = last(parts, state, batch._replace(query_x=batch.query_x[:, :1]))
+    everything = last(case, case.batch)
+    first = last(case, case.batch._replace(query_x=case.batch.query_x[:, :1]))
     torch.testing.assert_close(everything[:, :1], first, rtol=1e-10, atol=1e-10)
+    other = case.batch._replace(query_x=case.batch.query_x.flip(1) + 1, query_y=case.batch.query_y.roll(1, 1))
+    case.algorithm.meta_grad(case.state, other, step=0)  # an algorithm keeps nothing from one call for the next
+    assert torch.equal(last(case, case.batch), everything)
 
 
-def test_checkpoint_round_trip(case: tuple, tmp_path: Path) -> None:
-    experiment, parts = case
+def test_in_training_adaptation_sees_no_query(plain_case: Case) -> None:
+    """The meta-loss is the mean of what single queries give. A query that adapted the learner would break the sum."""
+    if not plain_case.entry.queries_apart:
+        pytest.skip("its training takes queries for more than a loss: see its entry")
+    keys = {"normalization": "inductive"} if plain_case.has("normalization") else {}
+    algorithm = build(plain_case.with_keys(**keys)).algorithm
 
+    def meta_loss(queries: slice) -> Tensor:
+        batch = plain_case.batch._replace(
+            query_x=plain_case.batch.query_x[:, queries], query_y=plain_case.batch.query_y[:, queries]
+        )
+        return algorithm.meta_grad(plain_case.state, batch, step=0).metrics["meta_loss"]
+
+    queries = plain_case.batch.query_y.shape[1]
+    each = torch.stack([meta_loss(slice(i, i + 1)) for i in range(queries)])
+    torch.testing.assert_close(each.mean(), meta_loss(slice(None)), rtol=1e-10, atol=1e-10)
+
+
+def test_recomputed_inner_steps_give_the_same_gradient(case: Case) -> None:
+    if not case.has("recompute_inner_steps"):
+        pytest.skip("it has no inner steps to recompute")
+    other = case.with_keys(recompute_inner_steps=not case.experiment.algorithm.recompute_inner_steps)
+    assert_same_gradient(build(other).algorithm.meta_grad(case.state, case.batch, step=0), case.gradient, **ROUNDING)
+
+
+def test_checkpoint_round_trip(case: Case, tmp_path: Path) -> None:
     def fresh() -> TrainState:
-        meta = parts.algorithm.init(3)
+        meta = case.algorithm.init(3)
         params = {k: v.clone().requires_grad_() for k, v in meta.params.items()}
-        optimizer = outer.make_optimizer(experiment.training.outer, params)
+        optimizer = outer.make_optimizer(case.experiment.training.outer, params)
         return TrainState(step=0, meta=MetaState(params, meta.buffers), optimizer=optimizer)
 
-    def advance(state: TrainState) -> None:
-        gradient = parts.algorithm.meta_grad(state.meta, sample(parts), step=state.step)
-        outer.update(experiment.training.outer, state.optimizer, state.meta.params, gradient.grads, lr=1e-3)
-        buffers = parts.algorithm.update_buffers(state.meta.buffers, gradient.statistics)
-        state.meta = MetaState(state.meta.params, buffers)
-        state.step += 1
-
     state, store = fresh(), CheckpointStore(tmp_path)
-    advance(state)
+    outer.update(case.experiment.training.outer, state.optimizer, state.meta.params, case.gradient.grads, lr=1e-3)
+    state.meta = MetaState(state.meta.params, observed(case).buffers)
+    state.step = 1
     store.save(state, data_digest="x")
     restored = fresh()
     store.restore(restored, 1, "cpu")
-    advance(state)
-    advance(restored)
+    assert restored.step == 1
     assert_same(restored.meta.params, state.meta.params)
     assert_same(restored.meta.buffers, state.meta.buffers)
+    ours, theirs = restored.optimizer.state_dict()["state"], state.optimizer.state_dict()["state"]
+    assert ours.keys() == theirs.keys()
+    for number, leaf in theirs.items():
+        assert_same(ours[number], leaf)
 
 
-def test_the_learner_in_a_folder_answers_the_same(case: tuple, tmp_path: Path) -> None:
-    experiment, parts = case
-    batch = sample(parts).tasks(slice(0, 1))
-    state = parts.algorithm.init(3)
-    observed = parts.algorithm.meta_grad(state, batch, step=0).statistics
-    state = MetaState(state.params, parts.algorithm.update_buffers({}, observed))
-    card = card_of(
-        experiment,
-        objective=parts.family.objective.name,
-        input_shape=parts.family.input_shape,
-        num_outputs=parts.family.num_outputs,
-        preprocessing=None,
-        data_digest="x",
-        checkpoint={},
-    )
-    write_model(tmp_path / "model", card, state)
+class Killed(BaseException):
+    pass
+
+
+class KilledAfter(LocalContext):
+    """A worker that ends in the middle of an outer step, with no word to the run's folder."""
+
+    def __init__(self, step: int) -> None:
+        super().__init__()
+        self._step = step
+
+    def observe(self, metrics: dict[str, float]) -> None:
+        if metrics["step"] == self._step:
+            raise Killed
+
+
+def test_killed_and_resumed_is_bit_identical(case: Case, tmp_path: Path) -> None:
+    """Killed before the first checkpoint, and after it with a step that none has."""
+
+    def run_of(name: str) -> tuple[Experiment, RunFolder]:
+        experiment = case.with_keys(training={"steps": 4, "validate_every": 2}, runs=tmp_path / name)
+        return experiment, open_run(experiment)
+
+    experiment, undisturbed = run_of("undisturbed")
+    train(LocalContext(), experiment, undisturbed)
+    experiment, killed = run_of("killed")
+    for step in (1, 3):
+        with pytest.raises(Killed):
+            train(KilledAfter(step), experiment, killed)
+    assert killed.checkpoints.steps() == [2]
+    train(LocalContext(), experiment, killed)
+    assert_same_end(killed, undisturbed)
+
+
+def test_the_learner_in_a_folder_answers_the_same(case: Case, tmp_path: Path) -> None:
+    state = observed(case)
+    write_model(tmp_path / "model", card(case), state)
     learner = Learner.from_folder(tmp_path / "model")
+    batch = case.batch.tasks(slice(0, 1))
     answers = learner.adapt(batch.support_x[0], batch.support_y[0]).predict(batch.query_x[0])
-    expected = parts.family.objective.answers(last(parts, state, batch)[0])
+    steps = case.algorithm.eval_steps
+    *_, adapted = case.algorithm.adaptation_path(state, batch.support_x, batch.support_y, steps=steps, inductive=True)
+    expected = case.parts.family.objective.answers(case.algorithm.predict(adapted, batch.query_x, "inductive")[0])
     torch.testing.assert_close(torch.from_numpy(answers), expected, rtol=1e-10, atol=1e-10)
 
 
-def test_a_few_outer_steps_reduce_the_meta_loss(case: tuple) -> None:
-    experiment, parts = case
-    state = parts.algorithm.init(3)
-    params = {k: v.clone().requires_grad_() for k, v in state.params.items()}
-    config = experiment.training.outer.model_copy(update={"outer_lr": 0.01})
+def test_a_few_outer_steps_reduce_the_meta_loss(case: Case) -> None:
+    """Of always the same tasks."""
+    params = {k: v.clone().requires_grad_() for k, v in case.state.params.items()}
+    config = case.experiment.training.outer
     optimizer = outer.make_optimizer(config, params)
     losses = []
-    for step in range(30):
-        gradient = parts.algorithm.meta_grad(MetaState(params, {}), sample(parts), step=step)
+    for step in range(FEW_STEPS):
+        gradient = case.algorithm.meta_grad(MetaState(params, {}), case.batch, step=step)
         losses.append(float(gradient.metrics["meta_loss"]))
-        outer.update(config, optimizer, params, gradient.grads, lr=0.01)
+        outer.update(config, optimizer, params, gradient.grads, lr=case.entry.outer_lr)
     assert losses[-1] < 0.9 * losses[0]

@@ -6,6 +6,7 @@ import os
 import stat
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -173,8 +174,10 @@ def meta_gradient(model: Conv4, batch: TaskBatch, **config: Any) -> Any:
 
 
 @pytest.fixture
-def two_threads(one_thread: None) -> None:
+def two_threads(one_thread: None) -> Iterator[None]:
     torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(1)
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
