@@ -6,7 +6,6 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-import mlflow
 import numpy as np
 import pytest
 from PIL import Image
@@ -16,6 +15,7 @@ from pipeline import launch, workflow
 from pipeline.experiment import Experiment
 from pipeline.tasks import shards
 from pipeline.workflow import Outcome
+from tests.servers import mlflow_server
 
 STEPS = 60
 
@@ -47,18 +47,9 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(autouse=True)
 def _mlflow_as_it_was() -> Iterator[None]:
-    """What a test tells MLflow, in the environment and in the process, ends with the test.
-
-    A command that is run in this process keeps its server's address and login; `set_tracking_uri(None)` even deletes
-    the variable.
-    """
-    before = {name: value for name, value in os.environ.items() if name.startswith("MLFLOW_")}
-    yield
-    mlflow.set_tracking_uri(None)
-    mlflow.set_registry_uri(None)
-    for name in [name for name in os.environ if name.startswith("MLFLOW_")]:
-        del os.environ[name]
-    os.environ.update(before)
+    """What a test tells MLflow ends with the test."""
+    with mlflow_server.as_it_was():
+        yield
 
 
 @pytest.fixture(scope="session")

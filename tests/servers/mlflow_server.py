@@ -1,4 +1,4 @@
-"""A real `mlflow server`."""
+"""A real `mlflow server`, and what this process tells MLflow."""
 
 from __future__ import annotations
 
@@ -15,6 +15,26 @@ from tests.servers.postgres import HOST, USER, Postgres
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 BIN = Path(sys.executable).parent
+
+
+@contextmanager
+def as_it_was() -> Iterator[None]:
+    """What the block tells MLflow, in the environment and in this process, ends with it.
+
+    A command that is run in this process keeps its server's address and login; `set_tracking_uri(None)` even deletes
+    the variable.
+    """
+    import mlflow
+
+    before = {name: value for name, value in os.environ.items() if name.startswith("MLFLOW_")}
+    try:
+        yield
+    finally:
+        mlflow.set_tracking_uri(None)
+        mlflow.set_registry_uri(None)
+        for name in [name for name in os.environ if name.startswith("MLFLOW_")]:
+            del os.environ[name]
+        os.environ.update(before)
 
 
 @dataclass(frozen=True)
