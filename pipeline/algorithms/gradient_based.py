@@ -1,7 +1,7 @@
 """What the algorithms share that adapt by gradient steps: the inner loop, its options, and the way through it.
 
 A subclass is one paper: it changes where adaptation starts (`_start`), what a step uses (`_learned`, `_rates`,
-`_transform`), which parameters move (`freeze`), or how the meta-gradient is taken (`meta_grad`).
+`_transform`) or does (`_update`), which parameters move (`freeze`), or how the meta-gradient is taken (`meta_grad`).
 
 The state of the inner loop is a dict of named tensors, each with a leading task axis: the parameters that adapt, by
 their own names, and the inner optimizer's. What steps use and do not change is another one, `learned`: parameters that
@@ -30,6 +30,7 @@ class GradientBased(Episodic):
     """Algorithm: gradient steps on the support loss, θ' = θ − α ∇L_support(θ), and the query loss through them."""
 
     config: InnerLoopConfig
+    first_order_keeps_a_graph = False  # of a step's inside, beside the inner gradient's
 
     def __init__(
         self, config: InnerLoopConfig, *, model: TaskModel, objective: Objective, train_classes: int | None = None
@@ -85,12 +86,17 @@ class GradientBased(Episodic):
             learned=learned,
             first_order=self._first_order(step),
             recompute=self.config.recompute_inner_steps,
+            first_order_keeps_a_graph=self.first_order_keeps_a_graph,
         )
         params = self._params(inner, learned)
         adapted = self._adapted(
             params, buffers, support, inductive=self._inductive, step=self.train_steps, keys=on_support
         )
-        return adapted, {}
+        return adapted, self._metrics(inner)
+
+    def _metrics(self, inner: Params) -> dict[str, Tensor]:
+        """What the state after the last step tells, summed over tasks."""
+        return {}
 
     def _first_order(self, step: int) -> bool:
         """Whether outer step `step` takes the inner gradients as constants."""
@@ -102,7 +108,11 @@ class GradientBased(Episodic):
         learned = per_task({k: v for k, v in meta_params.items() if k not in adapted}, support.tasks)
         if set(adapted) <= set(self.model.head):
             learned[FEATURES] = self.model.features(self._params(adapted, learned), support.x, keys=keys)[0]
-        return adapted | self.optimizer.start(adapted), learned
+        return adapted | self._optimizer_state(adapted), learned
+
+    def _optimizer_state(self, adapted: Params) -> Params:
+        """What steps carry on beside the parameters, before the first one; its names hold a "/"."""
+        return self.optimizer.start(adapted)
 
     def _inner_step(
         self,
@@ -121,8 +131,15 @@ class GradientBased(Episodic):
         grads = gradients(losses.sum(), adapted, create_graph=create_graph)
         grads = self._transform(grads, learned, number)
         optimizer = {k: v for k, v in inner.items() if k not in adapted}
-        adapted, optimizer = self.optimizer.update(adapted, optimizer, grads, self._rates(learned, number))
+        losses = losses if create_graph else losses.detach()
+        adapted, optimizer = self._update(adapted, optimizer, grads, losses, learned, number)
         return adapted | optimizer
+
+    def _update(
+        self, adapted: Params, optimizer: Params, grads: Params, losses: Tensor, learned: Params, number: int
+    ) -> tuple[Params, Params]:
+        """Step `number` itself: new parameters and a new optimizer's state, from gradients and support losses [T]."""
+        return self.optimizer.update(adapted, optimizer, grads, self._rates(learned, number))
 
     def _support_outputs(self, adapted: Params, learned: Params, support: Any, keys: Tensor | None) -> Tensor:
         params = self._params(adapted, learned)

@@ -40,23 +40,25 @@ def unroll(
     learned: Params | None = None,
     first_order: bool = False,
     recompute: bool = False,
+    first_order_keeps_a_graph: bool = False,
 ) -> Params:
     """The state after `steps` inner steps, differentiable with respect to `state` and `learned`.
 
-    recompute: keep each step's inputs only. First order keeps no graph of a step's inside anyway, so it is left as it
-    is.
+    recompute: keep each step's inputs only. First order mostly keeps no graph of a step's inside anyway, and is then
+    left as it is; `first_order_keeps_a_graph` says that it does (of a learned update rule, say).
     """
     learned = learned or {}
     for number in range(steps):
-        if recompute and not first_order:
-            state = _recomputed(step, number, state, learned)
+        if recompute and (first_order_keeps_a_graph or not first_order):
+            state = _recomputed(step, number, state, learned, first_order)
         else:
             state = step(state, learned, number, create_graph=not first_order)
     return state
 
 
-def _recomputed(step: InnerStep, number: int, state: Params, learned: Params) -> Params:
-    values = _RecomputedStep.apply(step, number, list(state), list(learned), *state.values(), *learned.values())
+def _recomputed(step: InnerStep, number: int, state: Params, learned: Params, first_order: bool) -> Params:
+    names = list(state), list(learned)
+    values = _RecomputedStep.apply(step, number, first_order, *names, *state.values(), *learned.values())
     return dict(zip(state, values, strict=True))
 
 
@@ -65,9 +67,16 @@ class _RecomputedStep(Function):
 
     @staticmethod
     def forward(
-        ctx: Any, step: InnerStep, number: int, names: list[str], learned_names: list[str], *values: Tensor
+        ctx: Any,
+        step: InnerStep,
+        number: int,
+        first_order: bool,
+        names: list[str],
+        learned_names: list[str],
+        *values: Tensor,
     ) -> Any:
         ctx.step, ctx.number, ctx.names, ctx.learned_names = step, number, names, learned_names
+        ctx.first_order = first_order
         ctx.random = _random_state(values)
         ctx.save_for_backward(*values)
         with torch.enable_grad():
@@ -79,12 +88,12 @@ class _RecomputedStep(Function):
     def backward(ctx: Any, *cotangents: Tensor) -> Any:
         with torch.enable_grad(), _replayed(ctx.random):
             inputs = [value.detach().requires_grad_() for value in ctx.saved_tensors]
-            state = _run(ctx, inputs, create_graph=True)
+            state = _run(ctx, inputs, create_graph=not ctx.first_order)
             reached = [(state[name], v) for name, v in zip(ctx.names, cotangents, strict=True)]
             reached = [(value, v) for value, v in reached if value.requires_grad]
             outputs, vectors = zip(*reached, strict=True)
             grads = torch.autograd.grad(outputs, inputs, vectors, allow_unused=True)
-        return None, None, None, None, *grads
+        return None, None, None, None, None, *grads
 
 
 def _run(ctx: Any, inputs: list[Tensor], *, create_graph: bool) -> Params:

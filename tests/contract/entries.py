@@ -49,7 +49,7 @@ def network() -> nn.Module:
 class Entry:
     """What the contract needs to know of an algorithm."""
 
-    required: dict[str, Any] = field(default_factory=dict)  # keys without a default
+    required: dict[str, Any] = field(default_factory=dict)  # keys without a default, and sizes of networks of its own
     variants: tuple[dict[str, Any], ...] = ({},)  # other keys; the first variant is the plain algorithm
     problems: tuple[str, ...] = ANY_TASK  # that it is for
     outer_lr: float = 0.03  # of Adam's few steps on an easy family, after which the meta-loss must be lower
@@ -74,6 +74,10 @@ ENTRIES: dict[str, Entry] = {
     ),
     "anil": Entry(required={"inner_lr": 0.1}, variants=({}, {"adaptation_steps": 3, "recompute_inner_steps": True})),
     "boil": Entry(required={"inner_lr": 0.1}),
+    "lstm_meta_learner": Entry(
+        required={"inner_lr": 0.1, "hidden_units": 4},
+        variants=({}, {"adaptation_steps": 2, "first_order": False}),
+    ),
 }
 
 

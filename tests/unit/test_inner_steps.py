@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable
+from typing import ClassVar
 
 import pytest
 import torch
@@ -188,3 +189,41 @@ def test_what_is_kept_does_not_grow_with_the_steps(model: str) -> None:
     grown = kept(9, recompute_inner_steps=True) - kept(1, recompute_inner_steps=True)
     assert grown <= 8 * 1.1 * params, "each step's parameters and nothing else"
     assert kept(9) - kept(1) > 2 * grown, "or the test sees nothing"
+
+
+class Noted(torch.autograd.Function):
+    """The identity; as long as a graph holds it, it is among the `alive`."""
+
+    alive: ClassVar[weakref.WeakSet[object]] = weakref.WeakSet()
+
+    @staticmethod
+    def forward(ctx: object, x: Tensor) -> Tensor:
+        Noted.alive.add(ctx)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: object, g: Tensor) -> Tensor:
+        return g
+
+
+def learned_rule(state: Params, learned: Params, number: int, *, create_graph: bool) -> Params:
+    """Rates that depend on the gradient: the step has a graph of its own, in first order too."""
+    grads = gradients(state, create_graph)
+    return {name: state[name] - (Noted.apply(learned[name]) * grads[name]).sigmoid() * grads[name] for name in WEIGHTS}
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_a_first_order_step_with_a_graph_of_its_own(kept: bool) -> None:
+    state, learned = start()
+    end = unroll(learned_rule, state, 3, learned=learned, first_order=True)
+    assert len(Noted.alive) == 3 * len(WEIGHTS)
+    wanted = [*state.values(), *(learned[name] for name in WEIGHTS)]
+    plain = torch.autograd.grad(loss(end), wanted)
+    del end
+    assert not Noted.alive
+    recomputed = unroll(
+        learned_rule, state, 3, learned=learned, first_order=True, recompute=True, first_order_keeps_a_graph=kept
+    )
+    assert len(Noted.alive) == (0 if kept else 3 * len(WEIGHTS))
+    for ours, theirs in zip(torch.autograd.grad(loss(recomputed), wanted), plain, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-14)
