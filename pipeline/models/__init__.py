@@ -3,5 +3,6 @@
 from pipeline.models.conv4 import Conv4Config
 from pipeline.models.mlp import MLPConfig
 from pipeline.models.module import ModuleConfig
+from pipeline.models.resnet12 import ResNet12Config
 
-MODELS = (Conv4Config, MLPConfig, ModuleConfig)
+MODELS = (Conv4Config, MLPConfig, ResNet12Config, ModuleConfig)
