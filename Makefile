@@ -30,7 +30,7 @@ demo: setup
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m jobs.demo
 
 test: setup
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup  # the groups: tests/conftest.py
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadscope  # what runs where: tests/conftest.py
 
 lint: setup
 	$(BIN)/ruff check .

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,14 +16,42 @@ from tests.servers import mlflow_server, postgres, s3
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """`make test` runs two tests at a time, but never two that each want the whole machine for themselves.
+ON_ONE_RAY_CLUSTER = tuple(f"tests/integration/test_{name}.py" for name in ("command_line", "whole_way", "sweeps"))
+ORDER = ("distributed", "integration", "contract", "infra", "unit")  # what takes long is not left for the end
 
-    Those that start Ray share its cluster and wait for much; those that compute in several processes go beside them.
+
+def _share(nodeid: str) -> str:
+    """Tests that `make test` runs in one process, one after another: what they have in common is set up once."""
+    file = nodeid.split("::")[0]
+    return "one Ray cluster" if file in ON_ONE_RAY_CLUSTER else file
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Of `make test`, which runs two tests at a time: the shares in the order of their tests.
+
+    A scheduler of our own: with pytest 9.2, xdist 3.8 does not find the groups of its `loadgroup` and deals out single
+    tests, so that both processes set up everything.
     """
-    for item in items:
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByShare(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return _share(nodeid)
+
+    config.option.loadscopereorder = False
+    return ByShare(config, log)
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """One process of `make test` begins with the Ray cluster, the other with what computes in several processes."""
+
+    def place(item: pytest.Item) -> tuple[bool, int]:
         folder = item.path.relative_to(REPOSITORY / "tests").parts[0]
-        item.add_marker(pytest.mark.xdist_group(folder if folder == "integration" else "distributed"))
+        return _share(item.nodeid) != "one Ray cluster", ORDER.index(folder) if folder in ORDER else len(ORDER)
+
+    if hasattr(config, "workerinput"):  # of xdist
+        items.sort(key=place)
 
 
 @pytest.fixture(scope="module")
