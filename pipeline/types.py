@@ -16,7 +16,7 @@ Params = dict[str, Tensor]
 """Named parameters; `[...]` per leaf as meta-parameters, `[T, ...]` per leaf once adapted."""
 
 Statistics = dict[str, Tensor]
-"""Named normalization statistics, `[T, channels]` per leaf (running statistics: `[channels]`)."""
+"""Named normalization statistics, `[T, channels]` per leaf (running ones: `[channels]` or `[steps, channels]`)."""
 
 Split = Literal["meta_train", "meta_val", "meta_test"]
 SPLITS: tuple[Split, ...] = ("meta_train", "meta_val", "meta_test")
@@ -86,6 +86,7 @@ class TaskModel(Protocol):
 
     parameter_names: list[str]  # without "/", which begins the names of what algorithms learn besides
     head: tuple[str, str]  # the names of the head's weight [T, num_outputs, F] and bias [T, num_outputs]
+    norm_layers: list[str]  # batch normalizations: NAME.weight and NAME.bias among the parameters
     cpu_task_chunk: int | None  # tasks at once that are fastest on CPU, as measured; None: as many as there are
     kernel: str  # what it computes with, and how precisely: see `pipeline.kernels`
     precision: str

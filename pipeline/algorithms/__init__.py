@@ -3,5 +3,16 @@
 from pipeline.algorithms.anil import ANILConfig, BOILConfig
 from pipeline.algorithms.lstm_meta_learner import LSTMMetaLearnerConfig
 from pipeline.algorithms.maml import MAMLConfig
+from pipeline.algorithms.maml_plus_plus import MAMLPlusPlusConfig
+from pipeline.algorithms.meta_curvature import MetaCurvatureConfig
+from pipeline.algorithms.meta_sgd import MetaSGDConfig
 
-ALGORITHMS = (MAMLConfig, ANILConfig, BOILConfig, LSTMMetaLearnerConfig)
+ALGORITHMS = (
+    MAMLConfig,
+    ANILConfig,
+    BOILConfig,
+    MetaSGDConfig,
+    MAMLPlusPlusConfig,
+    MetaCurvatureConfig,
+    LSTMMetaLearnerConfig,
+)

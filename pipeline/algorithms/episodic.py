@@ -60,6 +60,22 @@ class Support(NamedTuple):
     tasks: int  # T
 
 
+class Query(NamedTuple):
+    """The query sets of T tasks."""
+
+    x: Any  # what the model's `prepare` made of [T, Q, ...]
+    y: Tensor  # [T, Q] or [T, Q, D]
+
+
+class QueryLoss(NamedTuple):
+    """What meta-training minimizes, and what came up on the way."""
+
+    losses: Tensor  # [T], of which the meta-gradient is the sum's derivative
+    outputs: Tensor  # [T, Q, num_outputs] of the adapted learner, for the score
+    observed: Statistics  # [T, ...] each, for the running buffers; empty where none are kept
+    metrics: dict[str, Tensor]  # scalars, summed over tasks
+
+
 class Episodic:
     """Algorithm: see `pipeline.types.Algorithm`. `_adapt`, `adaptation_path` and mostly `_answer` are a subclass's."""
 
@@ -101,27 +117,18 @@ class Episodic:
     def meta_grad(self, state: MetaState, batch: TaskBatch, *, step: int) -> MetaGradient:
         meta_params = {k: v.detach().requires_grad_() for k, v in state.params.items()}
         support = Support(self.model.prepare(batch.support_x), batch.support_y, batch.num_classes, len(batch.support_x))
-        query = self.model.prepare(batch.query_x)
+        query = Query(self.model.prepare(batch.query_x), batch.query_y)
+        passes = self._support_passes() + self._query_passes()
         with torch.enable_grad():
-            *keys, on_query = pass_keys(batch.keys if self.model.stochastic else None, self._support_passes() + 1)
-            adapted, metrics = self._adapt(meta_params, state.buffers, support, keys, step=step)
-            outputs, observed = self._answer(
-                adapted.params,
-                query,
-                statistics=adapted.statistics,
-                observe=self._running,
-                low_precision=True,
-                keys=on_query,
-            )
-            outputs = of_classes(outputs, batch.num_classes)
-            losses = self.objective.loss(outputs, batch.query_y)  # [T]
-            grads = torch.autograd.grad(losses.sum(), list(meta_params.values()), allow_unused=True)
+            keys = pass_keys(batch.keys if self.model.stochastic else None, passes)
+            answer = self._query_loss(meta_params, state.buffers, support, query, keys, step=step)
+            grads = torch.autograd.grad(answer.losses.sum(), list(meta_params.values()), allow_unused=True)
         metrics = {
-            "meta_loss": losses.detach().sum(),
-            f"train_{self.objective.score_name}": self.objective.score(outputs.detach(), batch.query_y).sum(),
-            **metrics,
+            "meta_loss": answer.losses.detach().sum(),
+            f"train_{self.objective.score_name}": self.objective.score(answer.outputs.detach(), batch.query_y).sum(),
+            **answer.metrics,
         }
-        statistics = {k: v.detach().sum(dim=0) for k, v in observed.items()}
+        statistics = {k: v.detach().sum(dim=0) for k, v in answer.observed.items()}
         return MetaGradient(named_gradients(meta_params, grads), metrics, statistics)
 
     def update_buffers(self, buffers: Statistics, observed: Statistics) -> Statistics:
@@ -132,6 +139,37 @@ class Episodic:
     def _support_passes(self) -> int:
         """Passes over the support set in meta-training, each of which gets keys of its own."""
         return 1
+
+    def _query_passes(self) -> int:
+        """The same over the query set."""
+        return 1
+
+    def _query_loss(
+        self,
+        meta_params: Params,
+        buffers: Statistics,
+        support: Support,
+        query: Query,
+        keys: list[Tensor | None],
+        *,
+        step: int,
+    ) -> QueryLoss:
+        """The adapted learner's loss on the query sets, differentiable with respect to `meta_params`.
+
+        keys: for each pass over the support set, then for each over the query set.
+        """
+        *of_support, on_query = keys
+        adapted, metrics = self._adapt(meta_params, buffers, support, of_support, step=step)
+        outputs, observed = self._answer(
+            adapted.params,
+            query.x,
+            statistics=adapted.statistics,
+            observe=self._running,
+            low_precision=True,
+            keys=on_query,
+        )
+        outputs = of_classes(outputs, support.num_classes)
+        return QueryLoss(self.objective.loss(outputs, query.y), outputs, observed, metrics)
 
     def _adapt(
         self, meta_params: Params, buffers: Statistics, support: Support, keys: list[Tensor | None], *, step: int

@@ -1,6 +1,6 @@
 """What the algorithms share that adapt by gradient steps: the inner loop, its options, and the way through it.
 
-A subclass is one paper: it changes where adaptation starts (`_start`), what a step uses (`_learned`, `_rates`,
+A subclass is one paper: it changes where adaptation starts (`_start`), what a step uses (`_params`, `_rates`,
 `_transform`) or does (`_update`), which parameters move (`freeze`), or how the meta-gradient is taken (`meta_grad`).
 
 The state of the inner loop is a dict of named tensors, each with a leading task axis: the parameters that adapt, by
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from pipeline.algorithms import inner_steps
 from pipeline.algorithms.episodic import Episodic, Support, of_classes, per_task
-from pipeline.algorithms.inner_optimizer import InnerLoopConfig, InnerOptimizer, gradients, not_frozen
+from pipeline.algorithms.inner_optimizer import InnerOptimizer, InnerStepsConfig, gradients, not_frozen
 from pipeline.types import Adapted, MetaState, Objective, Params, Statistics, TaskModel
 
 FEATURES = "support/features"  # [T, S, F], among what steps use
@@ -29,11 +29,11 @@ FEATURES = "support/features"  # [T, S, F], among what steps use
 class GradientBased(Episodic):
     """Algorithm: gradient steps on the support loss, θ' = θ − α ∇L_support(θ), and the query loss through them."""
 
-    config: InnerLoopConfig
+    config: InnerStepsConfig
     first_order_keeps_a_graph = False  # of a step's inside, beside the inner gradient's
 
     def __init__(
-        self, config: InnerLoopConfig, *, model: TaskModel, objective: Objective, train_classes: int | None = None
+        self, config: InnerStepsConfig, *, model: TaskModel, objective: Objective, train_classes: int | None = None
     ) -> None:
         super().__init__(config, model=model, objective=objective)
         self.train_steps = config.adaptation_steps
@@ -66,7 +66,7 @@ class GradientBased(Episodic):
                     inner = {k: v.detach().requires_grad_() for k, v in inner.items()}
                     inner = self._inner_step(inner, learned, number - 1, support, create_graph=False, keys=None)
             with torch.no_grad():
-                params = self._params(inner, learned)
+                params = self._params(inner, learned, number)
                 yield self._adapted(params, state.buffers, support, inductive=inductive, step=number)
 
     def _support_passes(self) -> int:
@@ -76,10 +76,25 @@ class GradientBased(Episodic):
         self, meta_params: Params, buffers: Statistics, support: Support, keys: list[Tensor | None], *, step: int
     ) -> tuple[Adapted, dict[str, Tensor]]:
         *of_steps, on_support = keys
-        inner, learned = self._start(meta_params, support, of_steps[0])
-        inner = inner_steps.unroll(
+        states, learned = self._states(meta_params, support, of_steps, step=step)
+        inner = inner_steps.last(states)
+        params = self._params(inner, learned, self.train_steps)
+        adapted = self._adapted(
+            params, buffers, support, inductive=self._inductive, step=self.train_steps, keys=on_support
+        )
+        return adapted, self._metrics(inner)
+
+    def _states(
+        self, meta_params: Params, support: Support, keys: list[Tensor | None], *, step: int
+    ) -> tuple[Iterator[Params], Params]:
+        """The inner loop's states in meta-training after 0, 1, … steps, with their graph, and what steps use.
+
+        keys: for each step.
+        """
+        inner, learned = self._start(meta_params, support, keys[0])
+        states = inner_steps.path(
             lambda inner, learned, number, *, create_graph: self._inner_step(
-                inner, learned, number, support, create_graph=create_graph, keys=of_steps[number]
+                inner, learned, number, support, create_graph=create_graph, keys=keys[number]
             ),
             inner,
             self.train_steps,
@@ -88,11 +103,7 @@ class GradientBased(Episodic):
             recompute=self.config.recompute_inner_steps,
             first_order_keeps_a_graph=self.first_order_keeps_a_graph,
         )
-        params = self._params(inner, learned)
-        adapted = self._adapted(
-            params, buffers, support, inductive=self._inductive, step=self.train_steps, keys=on_support
-        )
-        return adapted, self._metrics(inner)
+        return states, learned
 
     def _metrics(self, inner: Params) -> dict[str, Tensor]:
         """What the state after the last step tells, summed over tasks."""
@@ -106,13 +117,17 @@ class GradientBased(Episodic):
         """The inner loop's state before its first step, and what steps use and do not change."""
         adapted = per_task({k: meta_params[k] for k in self.adapted_names}, support.tasks)
         learned = per_task({k: v for k, v in meta_params.items() if k not in adapted}, support.tasks)
-        if set(adapted) <= set(self.model.head):
-            learned[FEATURES] = self.model.features(self._params(adapted, learned), support.x, keys=keys)[0]
+        if self._features_stay():
+            learned[FEATURES] = self.model.features(self._params(adapted, learned, 0), support.x, keys=keys)[0]
         return adapted | self._optimizer_state(adapted), learned
 
     def _optimizer_state(self, adapted: Params) -> Params:
         """What steps carry on beside the parameters, before the first one; its names hold a "/"."""
         return self.optimizer.start(adapted)
+
+    def _features_stay(self) -> bool:
+        """Whether the body's features of the support set are the same at every step."""
+        return set(self.adapted_names) <= set(self.model.head)
 
     def _inner_step(
         self,
@@ -126,7 +141,7 @@ class GradientBased(Episodic):
     ) -> Params:
         """One step of every task at once (tasks are independent: the sum's gradient is each one's)."""
         adapted = {k: inner[k] for k in self.adapted_names}
-        outputs = self._support_outputs(adapted, learned, support.x, keys)
+        outputs = self._support_outputs(adapted, learned, number, support.x, keys)
         losses = self.objective.loss(of_classes(outputs, support.num_classes), support.y)
         grads = gradients(losses.sum(), adapted, create_graph=create_graph)
         grads = self._transform(grads, learned, number)
@@ -141,8 +156,10 @@ class GradientBased(Episodic):
         """Step `number` itself: new parameters and a new optimizer's state, from gradients and support losses [T]."""
         return self.optimizer.update(adapted, optimizer, grads, self._rates(learned, number))
 
-    def _support_outputs(self, adapted: Params, learned: Params, support: Any, keys: Tensor | None) -> Tensor:
-        params = self._params(adapted, learned)
+    def _support_outputs(
+        self, adapted: Params, learned: Params, number: int, support: Any, keys: Tensor | None
+    ) -> Tensor:
+        params = self._params(adapted, learned, number)
         if FEATURES in learned:
             weight, bias = (params[name] for name in self.model.head)
             return linear(learned[FEATURES], weight, bias)
@@ -153,11 +170,11 @@ class GradientBased(Episodic):
         return grads
 
     def _rates(self, learned: Params, number: int) -> Params | None:
-        """The rates of step `number` by parameter, [T, ...] each; None: the configuration's α for all."""
+        """The rates of step `number` by parameter, [T] or of its shape; None: the configuration's α for all."""
         return None
 
-    def _params(self, inner: Params, learned: Params) -> Params:
-        """The adapted network's parameters [T, ...], under the model's names."""
+    def _params(self, inner: Params, learned: Params, number: int) -> Params:
+        """The network's parameters [T, ...] after `number` inner steps, under the model's names."""
         return {k: v for k, v in (inner | learned).items() if "/" not in k}
 
     def _adapted(

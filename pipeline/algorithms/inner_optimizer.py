@@ -23,10 +23,9 @@ EPSILON = 1e-8  # of Adam
 MOMENTUM, FIRST, SECOND, COUNT = "momentum/", "adam.m/", "adam.v/", "adam.t/"  # prefixes of an optimizer's state
 
 
-class InnerLoopConfig(EpisodicConfig):
+class InnerStepsConfig(EpisodicConfig):
     """Keys of every algorithm that adapts by gradient steps."""
 
-    inner_lr: float = Field(gt=0)  # α, step size of the support-loss gradient
     adaptation_steps: int = Field(default=1, ge=1)  # inner steps in meta-training
     eval_adaptation_steps: int | None = Field(default=None, ge=1)  # in evaluation and serving; None: as in training
     inner_optimizer: Literal["sgd", "adam"] = "sgd"
@@ -47,6 +46,12 @@ class InnerLoopConfig(EpisodicConfig):
         return value
 
 
+class InnerLoopConfig(InnerStepsConfig):
+    """The same with one rate for all parameters, or for them to start from."""
+
+    inner_lr: float = Field(gt=0)  # α, step size of the support-loss gradient
+
+
 def not_frozen(names: list[str], freeze: list[str]) -> list[str]:
     """The names that no pattern freezes. Raises ConfigError: a pattern that matches nothing, or all are frozen."""
     for pattern in freeze:
@@ -61,7 +66,7 @@ def not_frozen(names: list[str], freeze: list[str]) -> list[str]:
 class InnerOptimizer:
     """Pure functions over a state of named tensors."""
 
-    def __init__(self, config: InnerLoopConfig) -> None:
+    def __init__(self, config: InnerStepsConfig) -> None:
         self._config = config
 
     def start(self, params: Params) -> Params:
@@ -79,7 +84,10 @@ class InnerOptimizer:
     def update(
         self, params: Params, state: Params, grads: Params, rates: Params | None = None
     ) -> tuple[Params, Params]:
-        """New parameters and new state. rates: a tensor for each parameter that α is replaced by, broadcast to it."""
+        """New parameters and new state.
+
+        rates: what α is replaced by for each parameter, [T] or of its shape; None only where there is an α.
+        """
         config = self._config
         if config.inner_weight_decay:
             grads = {k: g + config.inner_weight_decay * params[k] for k, g in grads.items()}
@@ -91,8 +99,9 @@ class InnerOptimizer:
             grads = {k: config.inner_momentum * state[MOMENTUM + k] + g for k, g in grads.items()}
             state = {MOMENTUM + k: g for k, g in grads.items()}
         if rates is None:
+            assert isinstance(config, InnerLoopConfig)
             return {k: v.add(grads[k], alpha=-config.inner_lr) for k, v in params.items()}, state
-        return {k: v - rates[k] * grads[k] for k, v in params.items()}, state
+        return {k: v - _broadcast(rates[k], v) * grads[k] for k, v in params.items()}, state
 
     def _adam(self, state: Params, grads: Params) -> tuple[Params, Params]:
         """Kingma & Ba 2015, algorithm 1: directions m̂ / (√v̂ + ε)."""
@@ -103,7 +112,7 @@ class InnerOptimizer:
             m = beta1 * state[FIRST + name] + (1 - beta1) * g
             v = beta2 * state[SECOND + name] + (1 - beta2) * g.square()
             new[FIRST + name], new[SECOND + name] = m, v
-            t = count.view(-1, *[1] * (g.ndim - 1))
+            t = _broadcast(count, g)
             # the root's derivative is infinite at 0, where a unit that is never active has its gradient: ε² under it
             root = (v / (1 - beta2**t) + EPSILON**2).sqrt()
             directions[name] = m / (1 - beta1**t) / root
@@ -115,7 +124,12 @@ def clipped(grads: Params, bound: float) -> Params:
     squares = [g.square().flatten(1).sum(1) for g in grads.values()]
     norm = (torch.stack(squares).sum(0) + EPSILON**2).sqrt()  # [T]
     scale = (bound / norm).clamp(max=1.0)
-    return {k: g * scale.view(-1, *[1] * (g.ndim - 1)) for k, g in grads.items()}
+    return {k: g * _broadcast(scale, g) for k, g in grads.items()}
+
+
+def _broadcast(values: Tensor, like: Tensor) -> Tensor:
+    """values [T], or more of like's first dimensions -> as many dimensions as `like`."""
+    return values.view(*values.shape, *[1] * (like.ndim - values.ndim))
 
 
 def gradients(loss: Tensor, params: Params, *, create_graph: bool) -> Params:

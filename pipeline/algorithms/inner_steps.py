@@ -9,6 +9,7 @@ reverse mode with checkpoints; for one SGD step the product is v − α·Hv).
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -32,7 +33,7 @@ class InnerStep(Protocol):
         ...
 
 
-def unroll(
+def path(
     step: InnerStep,
     state: Params,
     steps: int,
@@ -41,19 +42,25 @@ def unroll(
     first_order: bool = False,
     recompute: bool = False,
     first_order_keeps_a_graph: bool = False,
-) -> Params:
-    """The state after `steps` inner steps, differentiable with respect to `state` and `learned`.
+) -> Iterator[Params]:
+    """The state after 0, 1, … `steps` inner steps, differentiable with respect to `state` and `learned`.
 
     recompute: keep each step's inputs only. First order mostly keeps no graph of a step's inside anyway, and is then
     left as it is; `first_order_keeps_a_graph` says that it does (of a learned update rule, say).
     """
     learned = learned or {}
+    yield state
     for number in range(steps):
         if recompute and (first_order_keeps_a_graph or not first_order):
             state = _recomputed(step, number, state, learned, first_order)
         else:
             state = step(state, learned, number, create_graph=not first_order)
-    return state
+        yield state
+
+
+def last(states: Iterator[Params]) -> Params:
+    """The last state. The ones before it are not held meanwhile."""
+    return deque(states, maxlen=1).pop()
 
 
 def _recomputed(step: InnerStep, number: int, state: Params, learned: Params, first_order: bool) -> Params:

@@ -55,6 +55,8 @@ class MLP:
         self.dtype = dtype
         self.sizes = [math.prod(input_shape), *config.hidden, num_outputs]
         self.parameter_names = list(self.init(0))
+        normalized = config.hidden if config.normalization == "batch" else []
+        self.norm_layers = [f"norm{layer}" for layer in range(1, len(normalized) + 1)]
 
     def init(self, seed: int) -> Params:
         """PyTorch's own default for linear layers: uniform in ±1/√fan_in for weights and biases."""

@@ -135,6 +135,7 @@ class ModuleModel:
         self._norms = {n: m for n, m in self._module.named_modules() if isinstance(m, EpisodeBatchNorm)}
         self._dropouts = [m for m in self._module.modules() if isinstance(m, EpisodeDropout) and m.p > 0]
         self.parameter_names = [name for name, _ in self._module.named_parameters()]
+        self.norm_layers = [name for name, norm in self._norms.items() if norm.weight is not None]
         name = self._head_name(head)
         self.head = (f"{name}.weight", f"{name}.bias")
         self._head_inputs: list[Tensor] = []  # of the pass for one task that was last

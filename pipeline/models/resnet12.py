@@ -89,7 +89,10 @@ class ResNet12:
         self.in_channels = input_shape[0]
         self.num_outputs = num_outputs
         self.stochastic = config.drop_rate > 0
-        self.parameter_names = list(self._shapes())
+        shapes = self._shapes()
+        self.parameter_names = list(shapes)
+        weights = [name for name in shapes if name.endswith(".weight")]
+        self.norm_layers = [name.removesuffix(".weight") for name in weights if len(shapes[name]) == 1]
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         shapes: dict[str, tuple[int, ...]] = {}

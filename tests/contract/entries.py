@@ -74,6 +74,16 @@ ENTRIES: dict[str, Entry] = {
     ),
     "anil": Entry(required={"inner_lr": 0.1}, variants=({}, {"adaptation_steps": 3, "recompute_inner_steps": True})),
     "boil": Entry(required={"inner_lr": 0.1}),
+    "meta_sgd": Entry(variants=({}, {"adaptation_steps": 2, "inner_momentum": 0.9})),
+    "maml_plus_plus": Entry(
+        required={"inner_lr": 0.1},
+        variants=(
+            {"adaptation_steps": 2, "per_step_statistics": False, "inductive_statistics": "support"},
+            {},
+            {"adaptation_steps": 2, "first_order_steps": 5, "multi_step_loss_steps": 10},
+        ),
+    ),
+    "meta_curvature": Entry(required={"inner_lr": 0.1}),
     "lstm_meta_learner": Entry(
         required={"inner_lr": 0.1, "hidden_units": 4},
         variants=({}, {"adaptation_steps": 2, "first_order": False}),

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from pipeline.algorithms.inner_steps import InnerStep, unroll
+from pipeline.algorithms.inner_steps import InnerStep, last, path
 from pipeline.algorithms.maml import MAML, MAMLConfig
 from pipeline.models.conv4 import Conv4Config
 from pipeline.models.mlp import MLPConfig
@@ -90,7 +90,7 @@ def test_recomputed_is_unrolled(step: InnerStep, kinds: str, steps: int) -> None
     for recompute in (False, True):
         state, learned = start(*kinds)
         torch.manual_seed(3)
-        end = unroll(step, state, steps, learned=learned, recompute=recompute)
+        end = last(path(step, state, steps, learned=learned, recompute=recompute))
         drawn = torch.rand(1)  # the generator goes on from the forward pass, not from a replay
         outer = loss(end) + sum((end[f"{kind}.first"].square().sum() for kind in kinds), torch.zeros(()))
         wanted = {**state, **{f"learned {name}": value for name, value in learned.items()}}
@@ -215,14 +215,14 @@ def learned_rule(state: Params, learned: Params, number: int, *, create_graph: b
 @pytest.mark.parametrize("kept", [False, True])
 def test_a_first_order_step_with_a_graph_of_its_own(kept: bool) -> None:
     state, learned = start()
-    end = unroll(learned_rule, state, 3, learned=learned, first_order=True)
+    end = last(path(learned_rule, state, 3, learned=learned, first_order=True))
     assert len(Noted.alive) == 3 * len(WEIGHTS)
     wanted = [*state.values(), *(learned[name] for name in WEIGHTS)]
     plain = torch.autograd.grad(loss(end), wanted)
     del end
     assert not Noted.alive
-    recomputed = unroll(
-        learned_rule, state, 3, learned=learned, first_order=True, recompute=True, first_order_keeps_a_graph=kept
+    recomputed = last(
+        path(learned_rule, state, 3, learned=learned, first_order=True, recompute=True, first_order_keeps_a_graph=kept)
     )
     assert len(Noted.alive) == (0 if kept else 3 * len(WEIGHTS))
     for ours, theirs in zip(torch.autograd.grad(loss(recomputed), wanted), plain, strict=True):
