@@ -85,6 +85,7 @@ class TaskModel(Protocol):
     """A network whose parameters and inputs carry a leading task axis: a body that makes features, a linear head."""
 
     parameter_names: list[str]  # without "/", which begins the names of what algorithms learn besides
+    constant_names: list[str]  # what `init` gives besides and nothing learns: statistics of pretrained weights
     head: tuple[str, str]  # the names of the head's weight [T, num_outputs, F] and bias [T, num_outputs]
     norm_layers: list[str]  # batch normalizations: NAME.weight and NAME.bias among the parameters
     cpu_task_chunk: int | None  # tasks at once that are fastest on CPU, as measured; None: as many as there are

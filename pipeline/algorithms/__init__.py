@@ -6,6 +6,7 @@ from pipeline.algorithms.maml import MAMLConfig
 from pipeline.algorithms.maml_plus_plus import MAMLPlusPlusConfig
 from pipeline.algorithms.meta_curvature import MetaCurvatureConfig
 from pipeline.algorithms.meta_sgd import MetaSGDConfig
+from pipeline.algorithms.transfer import TransferConfig
 
 ALGORITHMS = (
     MAMLConfig,
@@ -15,4 +16,5 @@ ALGORITHMS = (
     MAMLPlusPlusConfig,
     MetaCurvatureConfig,
     LSTMMetaLearnerConfig,
+    TransferConfig,
 )

@@ -118,7 +118,8 @@ class GradientBased(Episodic):
         adapted = per_task({k: meta_params[k] for k in self.adapted_names}, support.tasks)
         learned = per_task({k: v for k, v in meta_params.items() if k not in adapted}, support.tasks)
         if self._features_stay():
-            learned[FEATURES] = self.model.features(self._params(adapted, learned, 0), support.x, keys=keys)[0]
+            params = self._params(adapted, learned, 0)
+            learned[FEATURES] = self._support_features(params, learned, support.x, keys)
         return adapted | self._optimizer_state(adapted), learned
 
     def _optimizer_state(self, adapted: Params) -> Params:
@@ -164,6 +165,10 @@ class GradientBased(Episodic):
             weight, bias = (params[name] for name in self.model.head)
             return linear(learned[FEATURES], weight, bias)
         return self.model.apply(params, support, keys=keys)[0]
+
+    def _support_features(self, params: Params, learned: Params, support: Any, keys: Tensor | None) -> Tensor:
+        """[T, S, F], by the batch statistics of the support set."""
+        return self.model.features(params, support, keys=keys)[0]
 
     def _transform(self, grads: Params, learned: Params, number: int) -> Params:
         """Step `number`'s gradients as the inner optimizer gets them."""

@@ -88,6 +88,7 @@ class Conv4:
             )
         self._num_features = config.hidden * (height * width if self.readout == "flatten" else 1)
         blocks = range(1, BLOCKS + 1)
+        self.constant_names: list[str] = []
         self.parameter_names = [f"block{block}.{name}" for block in blocks for name in OF_BLOCK] + [*self.head]
         self.norm_layers = [f"block{block}.norm" for block in blocks]
 

@@ -43,6 +43,32 @@ class EpisodeBatchNorm(nn.Module):
         return normalized * self.weight.view(broadcast) + self.bias.view(broadcast)
 
 
+class FixedBatchNorm(nn.Module):
+    """BatchNorm by the running statistics that came with its weights, in every pass: a constant affine map.
+
+    They are buffers of their layer's names, `running_mean` and `running_var`, and take no gradient.
+    """
+
+    def __init__(self, original: nn.modules.batchnorm._BatchNorm) -> None:
+        super().__init__()
+        self.eps = original.eps
+        self.weight = original.weight
+        self.bias = original.bias
+        self.running_mean: Tensor
+        self.running_var: Tensor
+        self.register_buffer("running_mean", original.running_mean)
+        self.register_buffer("running_var", original.running_var)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mean, var = self.running_mean.detach(), self.running_var.detach()
+        scale = torch.rsqrt(var + self.eps)
+        broadcast = (1, -1) + (1,) * (x.ndim - 2)
+        if self.weight is None:
+            return (x - mean.view(broadcast)) * scale.view(broadcast)
+        scale = scale * self.weight
+        return x * scale.view(broadcast) + (self.bias - mean * scale).view(broadcast)
+
+
 class EpisodeDropout(nn.Module):
     """Dropout (of single numbers, or of whole channels) with masks from a key; without one nothing is dropped.
 
@@ -119,17 +145,20 @@ class EpisodeAttention(nn.MultiheadAttention):
         return output, weights.mean(dim=-3) if average_attn_weights else weights
 
 
-def with_episode_layers(module: nn.Module, *, dropout: bool) -> nn.Module:
+def with_episode_layers(module: nn.Module, *, dropout: bool, fixed_statistics: bool = False) -> nn.Module:
     """A copy of the module with these layers in place of PyTorch's own; parameters keep their names.
 
-    dropout: replace dropout too. Raises ConfigError: a layer that drops by itself and cannot be replaced.
+    dropout: replace dropout too. fixed_statistics: BatchNorm normalizes by its running statistics.
+    Raises ConfigError: a layer that drops by itself and cannot be replaced.
     """
     holder = nn.Module()  # so that the module itself may be one of the layers
     holder.add_module("network", copy.deepcopy(module))
     replaced: dict[nn.Module, nn.Module | None] = {}  # a layer in several places stays one layer
     for path, layer in list(holder.named_modules(remove_duplicate=False)):
         if layer not in replaced:
-            replaced[layer] = _replacement(layer, path.removeprefix("network."), dropout=dropout)
+            replaced[layer] = _replacement(
+                layer, path.removeprefix("network."), dropout=dropout, fixed_statistics=fixed_statistics
+            )
         replacement = replaced[layer]
         if replacement is not None:
             parent, _, attribute = path.rpartition(".")
@@ -137,9 +166,9 @@ def with_episode_layers(module: nn.Module, *, dropout: bool) -> nn.Module:
     return holder.get_submodule("network")
 
 
-def _replacement(layer: nn.Module, name: str, *, dropout: bool) -> nn.Module | None:
+def _replacement(layer: nn.Module, name: str, *, dropout: bool, fixed_statistics: bool) -> nn.Module | None:
     if isinstance(layer, nn.modules.batchnorm._BatchNorm):
-        return EpisodeBatchNorm(layer)
+        return FixedBatchNorm(layer) if fixed_statistics and layer.track_running_stats else EpisodeBatchNorm(layer)
     if not dropout:
         return None
     if isinstance(layer, _DROPOUTS):

@@ -54,6 +54,7 @@ class MLP:
         self.config = config
         self.dtype = dtype
         self.sizes = [math.prod(input_shape), *config.hidden, num_outputs]
+        self.constant_names: list[str] = []
         self.parameter_names = list(self.init(0))
         normalized = config.hidden if config.normalization == "batch" else []
         self.norm_layers = [f"norm{layer}" for layer in range(1, len(normalized) + 1)]

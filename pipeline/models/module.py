@@ -31,10 +31,11 @@ from pipeline.config import Section
 from pipeline.errors import ConfigError
 from pipeline.kernels import Kernel, Precision
 from pipeline.keys import bits
-from pipeline.models.episode_layers import EpisodeBatchNorm, EpisodeDropout, with_episode_layers
+from pipeline.models.episode_layers import EpisodeBatchNorm, EpisodeDropout, FixedBatchNorm, with_episode_layers
 from pipeline.types import Params, Statistics
 
 Batching = Literal["auto", "loop", "vmap"]
+BatchNormStatistics = Literal["episode", "pretrained"]
 _ALWAYS_INSTALLED = ("torch", "torchvision")  # this package depends on them
 
 
@@ -49,6 +50,8 @@ class ModuleConfig(Section):
     # of tasks. auto: the faster one as measured on the first batch; vmap only where its meta-gradient is the loop's
     dropout: bool = False  # in meta-training; the masks are a function of seed, outer step and episode
     head: str | None = None  # the linear layer whose outputs are the module's; None: its last nn.Linear
+    batch_norm: BatchNormStatistics = "episode"
+    # pretrained: the running statistics that come with the weights (training.init_from), in every pass
 
     def build(
         self,
@@ -73,7 +76,14 @@ class ModuleConfig(Section):
                 raise ConfigError(f"model.factory: {self.factory} returned {type(module).__name__}, not an nn.Module.")
             return module
 
-        model = ModuleModel(make, dtype=dtype, batching=self.batching, dropout=self.dropout, head=self.head)
+        model = ModuleModel(
+            make,
+            dtype=dtype,
+            batching=self.batching,
+            dropout=self.dropout,
+            head=self.head,
+            batch_norm=self.batch_norm,
+        )
         model.check(input_shape, num_outputs, name=self.factory)
         return model
 
@@ -108,6 +118,8 @@ class ModuleModel:
     """Task-batched view of the modules that `make` returns. Parameters keep the module's own names.
 
     Buffers other than BatchNorm's are constants. `stochastic`: with keys its dropout layers drop.
+    With `batch_norm` pretrained, BatchNorm's running statistics travel with the parameters, under the module's names
+    (`constant_names`): what holds, copies and stores parameters holds them too, and nothing learns them.
     """
 
     cpu_task_chunk: int | None = None
@@ -121,6 +133,7 @@ class ModuleModel:
         batching: Batching = "auto",
         dropout: bool = False,
         head: str | None = None,
+        batch_norm: BatchNormStatistics = "episode",
     ) -> None:
         """batching: loop or vmap; auto is the loop, which is always right, until one was chosen.
 
@@ -131,7 +144,15 @@ class ModuleModel:
         self._asked = batching
         self.batching: Literal["loop", "vmap"] = "loop" if batching == "auto" else batching
         # eval: what is not replaced would draw from the global generator, and answers would differ from call to call
-        self._module = with_episode_layers(self._fresh(seed=0), dropout=dropout).to(dtype).eval()
+        fixed = batch_norm == "pretrained"
+        module = with_episode_layers(self._fresh(seed=0), dropout=dropout, fixed_statistics=fixed)
+        self._module = module.to(dtype).eval()
+        self.constant_names = [
+            f"{path}.{buffer}".removeprefix(".")
+            for path, layer in self._module.named_modules()
+            if isinstance(layer, FixedBatchNorm)
+            for buffer in ("running_mean", "running_var")
+        ]
         self._norms = {n: m for n, m in self._module.named_modules() if isinstance(m, EpisodeBatchNorm)}
         self._dropouts = [m for m in self._module.modules() if isinstance(m, EpisodeDropout) and m.p > 0]
         self.parameter_names = [name for name, _ in self._module.named_parameters()]
@@ -175,10 +196,13 @@ class ModuleModel:
 
     def init(self, seed: int) -> Params:
         module = self._fresh(seed).to(self._dtype)
-        return {name: value.detach().clone() for name, value in module.named_parameters()}
+        params = {name: value.detach().clone() for name, value in module.named_parameters()}
+        return params | {name: module.get_buffer(name).clone() for name in self.constant_names}
 
-    def check(self, input_shape: tuple[int, ...], num_outputs: int, *, name: str) -> None:
-        """Raises ConfigError: the module does not map [N, *input_shape] to [N, num_outputs], or draws without keys."""
+    def check(self, input_shape: tuple[int, ...], num_outputs: int, *, name: str, key: str = "model.factory") -> None:
+        """key: of the configuration, that `name` comes from.
+
+        Raises ConfigError: the module does not map [N, *input_shape] to [N, num_outputs], or draws without keys."""
         x = torch.zeros(1, 2, *input_shape, dtype=self._dtype)
         params = {k: v.unsqueeze(0) for k, v in self.init(0).items()}
         try:
@@ -186,11 +210,9 @@ class ModuleModel:
                 shape = list(self.apply(params, x)[0].shape[1:])
                 draws = self._keyed and self._draws_without_keys(params, x)
         except (RuntimeError, ValueError, TypeError) as error:
-            raise ConfigError(f"model.factory: {name} cannot take inputs {[2, *input_shape]}: {error}") from error
+            raise ConfigError(f"{key}: {name} cannot take inputs {[2, *input_shape]}: {error}") from error
         if shape != [2, num_outputs]:
-            raise ConfigError(
-                f"model.factory: {name} returns {shape} for two examples, the task needs {[2, num_outputs]}."
-            )
+            raise ConfigError(f"{key}: {name} returns {shape} for two examples, the task needs {[2, num_outputs]}.")
         if draws:
             raise ConfigError(
                 f"model.dropout: in training {name} draws random numbers by other means than nn.Dropout, nn.Dropout1d, "

@@ -93,6 +93,7 @@ class ResNet12:
         self.parameter_names = list(shapes)
         weights = [name for name in shapes if name.endswith(".weight")]
         self.norm_layers = [name.removesuffix(".weight") for name in weights if len(shapes[name]) == 1]
+        self.constant_names: list[str] = []
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
         shapes: dict[str, tuple[int, ...]] = {}

@@ -88,6 +88,12 @@ ENTRIES: dict[str, Entry] = {
         required={"inner_lr": 0.1, "hidden_units": 4},
         variants=({}, {"adaptation_steps": 2, "first_order": False}),
     ),
+    "transfer": Entry(
+        required={"inner_lr": 0.5, "adaptation_steps": 3},
+        variants=({}, {"classifier": "cosine", "inductive_statistics": "running"}, {"fine_tune": "all"}),
+        problems=CLASSIFICATION,
+        queries_apart=False,  # its training has no adaptation: support and query images are normalized together
+    ),
 }
 
 
