@@ -1,13 +1,14 @@
-"""Pictures for people: episodes as rows of images, training curves, accuracy by adaptation step."""
+"""Pictures for people: episodes as rows of images, training curves, accuracy by adaptation step, what was learned."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from pipeline.movement import Movement
 from pipeline.training.evaluate import MODES, Evaluation
 from pipeline.types import TaskBatch
 
@@ -89,4 +90,72 @@ def adaptation_curve(evaluation: Evaluation, file: Path) -> None:
         title=f"{evaluation.episodes} episodes, 95 % interval",
     )
     axis.legend()
+    figure.savefig(file)
+
+
+def movement(moved: Movement, file: Path) -> None:
+    """How far each layer moves: the mean by step, and every task's after the last step."""
+    steps, layers, tasks = moved.relative.shape
+    mean, spread = moved.relative[1:].mean(-1).T.numpy(), moved.relative[1:].std(-1).T.numpy()
+    figure = new_figure(9, 1.4 + 0.28 * layers)
+    left, right = figure.subplots(1, 2, sharey=True)
+    shown = left.imshow(np.nan_to_num(mean, nan=0.0, posinf=0.0), aspect="auto", cmap="viridis", vmin=0)
+    figure.colorbar(shown, ax=left)
+    if steps <= 6:
+        for (layer, step), value in np.ndenumerate(mean):
+            text = f"{value:.2g} ± {spread[layer, step]:.1g}" if np.isfinite(value) else "starts at zero"
+            box = {"facecolor": "white", "alpha": 0.7, "linewidth": 0, "pad": 0.5}
+            left.text(step, layer, text, ha="center", va="center", fontsize=6, bbox=box)
+    left.set(
+        xlabel="adaptation steps",
+        xticks=range(steps - 1),
+        xticklabels=range(1, steps),
+        title="mean ± standard deviation over tasks",
+    )
+    left.set_yticks(range(layers), moved.layers, fontsize=7)
+    last = moved.relative[-1].numpy()
+    right.boxplot(
+        [row[np.isfinite(row)] for row in last], positions=range(layers), orientation="horizontal", flierprops={"ms": 2}
+    )
+    right.set(xlabel="‖θ′ − θ‖ / ‖θ‖ after the last step", title=f"{tasks} validation tasks")
+    right.set_yticks(range(layers), moved.layers, fontsize=7)
+    figure.savefig(file)
+
+
+def rate_table(described: Mapping[str, float]) -> tuple[list[str], list[str], np.ndarray] | None:
+    """Of what an algorithm describes, "rate/NAME" and "rate/NAME/stepK": names, steps and rates [names, steps].
+
+    The one column of rates that are the same at every step has the step "". None where there are no rates.
+    """
+    rates = {}
+    for key, value in described.items():
+        kind, _, name = key.partition("/")
+        if kind == "rate":
+            layer, _, step = name.partition("/")
+            rates[layer, step] = value
+    layers, steps = (list(dict.fromkeys(key[i] for key in rates)) for i in (0, 1))
+    if not rates:
+        return None
+    return layers, steps, np.array([[rates.get((layer, step), np.nan) for step in steps] for layer in layers])
+
+
+def learned_rates(described: Mapping[str, float], file: Path) -> None:
+    """The inner rates that were learned, by parameter and step. Writes nothing where there are none."""
+    table = rate_table(described)
+    if table is None:
+        return
+    layers, steps, rates = table
+    figure = new_figure(4.5 + 0.5 * len(steps), 1.4 + 0.24 * len(layers))
+    axis = figure.subplots()
+    bound = max(float(np.nanmax(np.abs(rates))), 1e-12)
+    shown = axis.imshow(rates, aspect="auto", cmap="RdBu_r", vmin=-bound, vmax=bound)
+    figure.colorbar(shown, ax=axis)
+    if len(steps) <= 10:
+        for (layer, step), value in np.ndenumerate(rates):
+            dark = abs(value) > 0.6 * bound
+            axis.text(step, layer, f"{value:.3g}", ha="center", va="center", fontsize=6, color="w" if dark else "k")
+    axis.set_yticks(range(len(layers)), layers, fontsize=7)
+    names = [step.removeprefix("step") for step in steps]
+    axis.set_xticks(range(len(steps)), [name or "every" for name in names])
+    axis.set(xlabel="adaptation step", title="learned rates")
     figure.savefig(file)

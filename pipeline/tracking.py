@@ -249,7 +249,10 @@ class RunLog:
 
     @_telling("log metrics")
     def metrics(self, records: Sequence[dict[str, Any]]) -> None:
-        """Journal records: {"step": …, "time": milliseconds, name: value, …}. A step is never cut in two."""
+        """Journal records: {"step": …, "time": milliseconds, name: value, …}.
+
+        A step is cut in two only where it has more than MLflow takes at once.
+        """
         batch: list[Metric] = []
         for record in records:
             values = {k: v for k, v in record.items() if k not in ("step", "time")}
@@ -257,6 +260,9 @@ class RunLog:
                 self._client.log_batch(self.run_id, metrics=batch)
                 batch = []
             batch += [Metric(k, float(v), record["time"], record["step"]) for k, v in values.items()]
+            while len(batch) > BATCH_METRICS:
+                self._client.log_batch(self.run_id, metrics=batch[:BATCH_METRICS])
+                batch = batch[BATCH_METRICS:]
         if batch:
             self._client.log_batch(self.run_id, metrics=batch)
 

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import torch
 
 from pipeline import experiment as experiments
-from pipeline import launch, pictures, promotion, results, runs, storage
+from pipeline import launch, movement, pictures, promotion, results, runs, storage
 from pipeline.baselines import nearest_neighbour
 from pipeline.credentials import without_credentials
 from pipeline.errors import ConfigError, DataError, TrackingError
@@ -206,6 +206,7 @@ def best_checkpoint(run: RunFolder) -> tuple[int, MetaState]:
 def evaluate_run(exp: Experiment, run: RunFolder, parts: Components, log: RunLog, data_digest: str) -> Evaluation:
     """The best checkpoint on the test episodes: numbers, per-episode results and pictures, in the run and in MLflow."""
     step, state = best_checkpoint(run)
+    chunk = experiments.task_chunk(exp, parts, launch.default_device())
     test = evaluate(
         parts.algorithm,
         parts.family,
@@ -214,7 +215,7 @@ def evaluate_run(exp: Experiment, run: RunFolder, parts: Components, log: RunLog
         seed=TEST_SEED,
         episodes=exp.evaluation.test_episodes,
         data_digest=data_digest,
-        chunk=experiments.task_chunk(exp, parts, launch.default_device()),
+        chunk=chunk,
     )
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
@@ -224,12 +225,17 @@ def evaluate_run(exp: Experiment, run: RunFolder, parts: Components, log: RunLog
         records = journal.read(run.journal)
         pictures.training_curves(records, test.score_name, folder / "curves.png")
         pictures.adaptation_curve(test, folder / "adaptation.png")
+        pictures.learned_rates(parts.algorithm.describe(state), folder / "rates.png")
+        moved = movement.measure(parts.algorithm, parts.family, state, chunk=chunk)
+        if moved is not None:
+            (folder / "movement.json").write_text(json.dumps(moved.to_dict(), indent=1) + "\n")
+            pictures.movement(moved, folder / "movement.png")
         if isinstance(parts.family, ImageTasks):
             batch = parts.family.sample("meta_val", 0, torch.arange(4), seed=SELECTION_SEED)
             pictures.episodes(batch, folder / "episodes.png")
         storage.copy_folder(folder, run.evaluation)
         log.artifacts(folder, "evaluation")
-    log.summary(summarize(test, "test"), step=exp.training.steps)
+    log.summary(summarize(test, "test") | (moved.metrics() if moved else {}), step=exp.training.steps)
     log.tags({"checkpoint.best_step": str(step), "checkpoint.folder": str(run.checkpoints.path(step))})
     return test
 

@@ -314,7 +314,8 @@ def _validate(
     if improved:
         state.best.step, state.best.score = state.step, score
     state.plateau.after_validation(experiment.training.outer, improved=improved)
-    return summarize(evaluation, "val")
+    learned = parts.algorithm.describe(state.meta)
+    return summarize(evaluation, "val") | {f"learned/{name}": value for name, value in learned.items()}
 
 
 def train_worker(context: Context, content: dict[str, Any], run_path: str) -> None:

@@ -52,7 +52,10 @@ def test_the_run_is_in_mlflow_with_every_step(trained: Outcome, image_data: Path
     validations = client.get_metric_history(trained.mlflow_run_id, "val_accuracy_inductive")
     assert sorted(m.step for m in validations) == [STEPS // 2, STEPS]
     files = {f.path for f in client.list_artifacts(trained.mlflow_run_id, "evaluation")}
-    wanted = ("test.json", "test.parquet", "curves.png", "adaptation.png", "episodes.png")
+    wanted = (
+        *("test.json", "test.parquet", "curves.png", "adaptation.png", "episodes.png"),
+        *("movement.json", "movement.png"),
+    )
     assert files == {f"evaluation/{name}" for name in wanted}
 
 
