@@ -27,7 +27,7 @@ Disadvantages: a step keeps `hidden_units`·4 numbers and more for every coordin
 is worth its time from a few ten thousand parameters on; what is learned is bound to the number of steps it was trained
 with; without second derivatives the initialization does not know what the rule will do to it.
 
-Shapes: T tasks · P coordinates, of all adapted parameters · H hidden units.
+Shapes: T tasks · H hidden units · P coordinates, of all adapted parameters: last, so that each gate's lie together.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from pipeline.algorithms.gradient_based import GradientBased, linear
+from pipeline.algorithms.gradient_based import GradientBased
 from pipeline.algorithms.inner_optimizer import InnerLoopConfig, clipped
 from pipeline.types import MetaState, Objective, Params, TaskModel
 
@@ -100,8 +100,8 @@ class LSTMMetaLearner(GradientBased):
         """No hidden state, and no gate before the first one."""
         leaf = next(iter(adapted.values()))
         tasks, coordinates = len(leaf), sum(value[0].numel() for value in adapted.values())
-        units = leaf.new_zeros(tasks, coordinates, self.config.hidden_units)
-        gate = leaf.new_zeros(tasks, coordinates, 1)
+        units = leaf.new_zeros(tasks, self.config.hidden_units, coordinates)
+        gate = leaf.new_zeros(tasks, 1, coordinates)
         return {HIDDEN: units, CELL: units, ENTER: gate, KEEP: gate}
 
     def _update(
@@ -109,24 +109,24 @@ class LSTMMetaLearner(GradientBased):
     ) -> tuple[Params, Params]:
         if self.config.inner_gradient_clip is not None:
             grads = clipped(grads, self.config.inner_gradient_clip)
-        theta, gradient = flat(adapted), flat(grads)  # [T, P, 1]
+        theta, gradient = flat(adapted), flat(grads)  # [T, 1, P]
         hidden, cell = self._lstm(learned, gradient, losses, optimizer[HIDDEN], optimizer[CELL])
         gates = {}
         for name in (ENTER, KEEP):
-            inputs = torch.cat([hidden, theta, optimizer[name]], dim=-1)
-            gates[name] = linear(inputs, learned[f"{name}.weight"], learned[f"{name}.bias"]).sigmoid()
+            inputs = torch.cat([hidden, theta, optimizer[name]], dim=1)
+            gates[name] = across(learned[f"{name}.weight"], inputs, learned[f"{name}.bias"]).sigmoid()
         theta = gates[KEEP] * theta - gates[ENTER] * gradient
         return unflat(theta, adapted), {HIDDEN: hidden, CELL: cell, **gates}
 
     def _lstm(
         self, learned: Params, gradient: Tensor, losses: Tensor, hidden: Tensor, cell: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Gradients [T, P, 1] and losses [T] -> the hidden units and the cells of every coordinate [T, P, H]."""
+        """Gradients [T, 1, P] and losses [T] -> the hidden units and the cells of every coordinate [T, H, P]."""
         weight, bias = learned[f"{OWN}lstm.weight"], learned[f"{OWN}lstm.bias"]
         # the columns: two of the gradient, H of the hidden units, two of the loss, which is one for all coordinates
-        of_loss = linear(preprocessed(losses.view(-1, 1, 1)), weight[..., -2:], bias)
-        gates = linear(torch.cat([preprocessed(gradient), hidden], dim=-1), weight[..., :-2], of_loss.squeeze(1))
-        enter, keep, leave, new = gates.chunk(4, dim=-1)
+        of_loss = across(weight[..., -2:], preprocessed(losses.view(-1, 1, 1)), bias).squeeze(-1)
+        gates = across(weight[..., :-2], torch.cat([preprocessed(gradient), hidden], dim=1), of_loss)
+        enter, keep, leave, new = gates.chunk(4, dim=1)
         cell = keep.sigmoid() * cell + enter.sigmoid() * new.tanh()
         return leave.sigmoid() * cell.tanh(), cell
 
@@ -138,21 +138,26 @@ class LSTMMetaLearner(GradientBased):
         }
 
 
+def across(weight: Tensor, x: Tensor, bias: Tensor) -> Tensor:
+    """The same layer for every coordinate: weight [T, O, I], x [T, I, P], bias [T, O] -> [T, O, P]."""
+    return torch.baddbmm(bias.unsqueeze(-1), weight, x)
+
+
 def preprocessed(x: Tensor) -> Tensor:
-    """x [..., 1] -> [..., 2]: its magnitude on a logarithmic scale and its sign, or, where it is tiny, itself."""
+    """x [T, 1, P] -> [T, 2, P]: its magnitude on a logarithmic scale and its sign, or, where it is tiny, itself."""
     smallest = math.exp(-RANGE)
     size = x.abs()
     large = size >= smallest
     magnitude = torch.where(large, size.clamp(min=smallest).log() / RANGE, -1.0)
-    return torch.cat([magnitude, torch.where(large, x.sign(), x / smallest)], dim=-1)
+    return torch.cat([magnitude, torch.where(large, x.sign(), x / smallest)], dim=1)
 
 
 def flat(params: Params) -> Tensor:
-    """[T, ...] each -> all coordinates [T, P, 1]."""
-    return torch.cat([value.flatten(1) for value in params.values()], dim=1).unsqueeze(-1)
+    """[T, ...] each -> all coordinates [T, 1, P]."""
+    return torch.cat([value.flatten(1) for value in params.values()], dim=1).unsqueeze(1)
 
 
 def unflat(coordinates: Tensor, like: Params) -> Params:
     """The reverse."""
-    pieces = coordinates.squeeze(-1).split([value[0].numel() for value in like.values()], dim=1)
+    pieces = coordinates.squeeze(1).split([value[0].numel() for value in like.values()], dim=1)
     return {name: piece.view_as(value) for (name, value), piece in zip(like.items(), pieces, strict=True)}
