@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.movement import Movement
-from pipeline.training.evaluate import MODES, Evaluation
+from pipeline.training.evaluate import MODES, Estimate, Evaluation
 from pipeline.types import TaskBatch
 
 DPI = 120
@@ -158,4 +158,15 @@ def learned_rates(described: Mapping[str, float], file: Path) -> None:
     names = [step.removeprefix("step") for step in steps]
     axis.set_xticks(range(len(steps)), [name or "every" for name in names])
     axis.set(xlabel="adaptation step", title="learned rates")
+    figure.savefig(file)
+
+
+def curve(name: str, estimates: Sequence[Estimate], file: Path) -> None:
+    """Something over 1, 2, … with 95 % intervals; `name` says both, "accuracy_by_instance"."""
+    figure = new_figure(4.5, 3.4)
+    axis = figure.subplots()
+    points = range(1, len(estimates) + 1)
+    axis.errorbar(points, [e.mean for e in estimates], [e.half_width for e in estimates], marker=".")
+    of, _, by = name.replace("_", " ").partition(" by ")
+    axis.set(xlabel=by, ylabel=of, title="test episodes, 95 % interval")
     figure.savefig(file)

@@ -170,6 +170,13 @@ class Algorithm(Protocol):
         """What was learned besides the network's parameters (rates, λ), by name, for the metrics of a validation."""
         ...
 
+    def curves(self, state: MetaState, batch: TaskBatch) -> dict[str, Tensor]:
+        """What an evaluation of episodes shows besides their scores, by name ("accuracy_by_instance"): [T, points].
+
+        A point is for 1, 2, … of what the name says. Mostly empty.
+        """
+        ...
+
     def init(self, seed: int) -> MetaState: ...
 
     def adaptation_path(

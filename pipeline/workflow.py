@@ -26,7 +26,16 @@ from pipeline.storage import Location
 from pipeline.tasks.images import ImageTasks
 from pipeline.tracking import RunLog, Tracker
 from pipeline.training import journal
-from pipeline.training.evaluate import SELECTION_SEED, TEST_SEED, Estimate, Evaluation, evaluate, paired, summarize
+from pipeline.training.evaluate import (
+    SELECTION_SEED,
+    TEST_SEED,
+    Estimate,
+    Evaluation,
+    curves,
+    evaluate,
+    paired,
+    summarize,
+)
 from pipeline.training.memory import keep_freed_memory
 from pipeline.training.plan import Plan
 from pipeline.types import MetaState, Normalization, Split
@@ -233,11 +242,31 @@ def evaluate_run(exp: Experiment, run: RunFolder, parts: Components, log: RunLog
         if isinstance(parts.family, ImageTasks):
             batch = parts.family.sample("meta_val", 0, torch.arange(4), seed=SELECTION_SEED)
             pictures.episodes(batch, folder / "episodes.png")
+        further = _curves(exp, parts, state, folder)
         storage.copy_folder(folder, run.evaluation)
         log.artifacts(folder, "evaluation")
-    log.summary(summarize(test, "test") | (moved.metrics() if moved else {}), step=exp.training.steps)
+    log.summary(summarize(test, "test") | (moved.metrics() if moved else {}) | further, step=exp.training.steps)
     log.tags({"checkpoint.best_step": str(step), "checkpoint.folder": str(run.checkpoints.path(step))})
     return test
+
+
+def _curves(exp: Experiment, parts: Components, state: MetaState, folder: Path) -> dict[str, float]:
+    """What the algorithm shows of the test episodes besides scores: numbers and a picture each, and their metrics."""
+    found = curves(
+        parts.algorithm,
+        parts.family,
+        state,
+        split="meta_test",
+        seed=TEST_SEED,
+        episodes=exp.evaluation.test_episodes,
+        chunk=experiments.task_chunk(exp, parts, launch.default_device()),
+    )
+    for name, estimates in found.items():
+        points = [{"number": k, "mean": e.mean, "ci95": e.half_width} for k, e in enumerate(estimates, start=1)]
+        content = {"episodes": exp.evaluation.test_episodes, "episode_seed": TEST_SEED, name: points}
+        (folder / f"{name}.json").write_text(json.dumps(content, indent=1) + "\n")
+        pictures.curve(name, estimates, folder / f"{name}.png")
+    return {f"test_{name}_{k}": e.mean for name, points in found.items() for k, e in enumerate(points, start=1)}
 
 
 def register_run(

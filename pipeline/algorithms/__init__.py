@@ -4,6 +4,7 @@ from pipeline.algorithms.anil import ANILConfig, BOILConfig
 from pipeline.algorithms.lstm_meta_learner import LSTMMetaLearnerConfig
 from pipeline.algorithms.maml import MAMLConfig
 from pipeline.algorithms.maml_plus_plus import MAMLPlusPlusConfig
+from pipeline.algorithms.mann import MANNConfig
 from pipeline.algorithms.meta_curvature import MetaCurvatureConfig
 from pipeline.algorithms.meta_sgd import MetaSGDConfig
 from pipeline.algorithms.transfer import TransferConfig
@@ -17,4 +18,5 @@ ALGORITHMS = (
     MetaCurvatureConfig,
     LSTMMetaLearnerConfig,
     TransferConfig,
+    MANNConfig,
 )

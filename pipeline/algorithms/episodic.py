@@ -98,6 +98,10 @@ class Episodic:
         """What was learned besides the network's parameters, by name, for the metrics of a validation."""
         return {}
 
+    def curves(self, state: MetaState, batch: TaskBatch) -> dict[str, Tensor]:
+        """What an evaluation of episodes shows besides their scores, by name: one value over 1, 2, … [T, points]."""
+        return {}
+
     def adaptation_path(
         self,
         state: MetaState,

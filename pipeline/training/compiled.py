@@ -64,6 +64,9 @@ class Compiled:
     def describe(self, state: MetaState) -> dict[str, float]:
         return self._algorithm.describe(state)
 
+    def curves(self, state: MetaState, batch: TaskBatch) -> dict[str, Tensor]:
+        return self._algorithm.curves(state, batch)
+
     def adaptation_path(
         self,
         state: MetaState,

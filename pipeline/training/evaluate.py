@@ -160,6 +160,27 @@ def evaluate(
     return Evaluation(scores, losses, family.objective.score_name, split, seed, data_digest, family.description)
 
 
+def curves(
+    algorithm: Algorithm,
+    family: TaskFamily,
+    state: MetaState,
+    *,
+    split: Split,
+    seed: int,
+    episodes: int,
+    chunk: int | None,
+) -> dict[str, list[Estimate]]:
+    """What the algorithm shows of fixed episodes besides their scores, by name: an estimate for each of 1, 2, …"""
+    pieces = []
+    for slots in torch.arange(episodes).split(chunk or EPISODES_AT_ONCE):
+        batch = family.sample(split, 0, slots, seed=seed)
+        pieces.append(algorithm.curves(state, batch))
+        if not pieces[0]:
+            return {}
+    values = {name: torch.cat([piece[name] for piece in pieces]).cpu() for name in pieces[0]}
+    return {name: [Estimate.of(point) for point in of_episodes.unbind(1)] for name, of_episodes in values.items()}
+
+
 def summarize(evaluation: Evaluation, prefix: str, modes: Sequence[Normalization] = MODES) -> dict[str, float]:
     """Flat metrics, e.g. `val_accuracy_inductive` and `val_accuracy_inductive_ci95`."""
     metrics = {}

@@ -94,6 +94,12 @@ ENTRIES: dict[str, Entry] = {
         problems=CLASSIFICATION,
         queries_apart=False,  # its training has no adaptation: support and query images are normalized together
     ),
+    "mann": Entry(
+        required={"controller_units": 16, "memory_rows": 8, "memory_width": 6, "reads": 2},
+        variants=({}, {"normalization": "transductive", "inductive_statistics": "running"}),
+        problems=CLASSIFICATION,
+        queries_apart=False,  # an episode's examples are one sequence, each of which the next ones may remember
+    ),
 }
 
 
