@@ -75,11 +75,16 @@ def fold(weight: Tensor, gain: Tensor, offset: Tensor, images: Images) -> tuple[
 
     weight [T, O, C, 3, 3], gain and offset [T, O] -> weight [T, O, 9·C] and offset [T, O].
     """
+    mean, variance = moments(weight, images)
+    scale = gain * torch.rsqrt(variance + EPSILON)
+    return weight.flatten(2) * scale.unsqueeze(2), offset - mean * scale
+
+
+def moments(weight: Tensor, images: Images) -> tuple[Tensor, Tensor]:
+    """Mean and variance of the first layer's outputs before normalization: weight [T, O, C, 3, 3] -> [T, O] each."""
     flat = weight.flatten(2)
     mean = torch.bmm(flat, images.patch_mean.unsqueeze(2)).squeeze(2)
-    variance = (torch.bmm(flat, images.patch_covariance) * flat).sum(dim=2)
-    scale = gain * torch.rsqrt(variance + EPSILON)
-    return flat * scale.unsqueeze(2), offset - mean * scale
+    return mean, (torch.bmm(flat, images.patch_covariance) * flat).sum(dim=2)
 
 
 def first_layer(

@@ -147,13 +147,15 @@ class Conv4:
         keys: Tensor | None = None,
     ) -> tuple[Tensor, Statistics]:
         """x [T, N, C, H, W], or what `prepare` made of it -> features [T, N, F], observed statistics."""
-        if isinstance(x, Tensor) and (self.kernel == "pure" or statistics is not None or observe):
+        if isinstance(x, Tensor) and (self.kernel == "pure" or statistics is not None):
             x = x.transpose(0, 1).flatten(1, 2)  # [N, T·C, H, W]
         elif isinstance(x, Tensor):
             x = closed.prepare(x, stride=self.stride)
-        if isinstance(x, Images) and statistics is None and not observe:
+        if isinstance(x, Images) and statistics is None:
             half = low_precision and self.precision == "mixed"
-            return self._read_out(self._fast(params, x, torch.bfloat16 if half else self.dtype)), {}
+            observed: Statistics = {}
+            x = self._fast(params, x, torch.bfloat16 if half else self.dtype, observed if observe else None)
+            return self._read_out(x), observed
         normalize = Normalizer(statistics, observe)
         x = self._pure(params, x.side_by_side if isinstance(x, Images) else x, normalize)
         return self._read_out(x), normalize.observed
@@ -168,13 +170,21 @@ class Conv4:
                 x = F.max_pool2d(x, self.pool)
         return x
 
-    def _fast(self, params: Params, images: Images, dtype: torch.dtype) -> Tensor:
-        """The four blocks in ops closed under differentiation; activations of `dtype`."""
+    def _fast(self, params: Params, images: Images, dtype: torch.dtype, observed: Statistics | None) -> Tensor:
+        """The four blocks in ops closed under differentiation; activations of `dtype`.
+
+        Writes the pass's batch statistics into `observed`.
+        """
         ops = native if self.kernel == "native" and images.padded.device.type == "cpu" else closed
+        if observed is not None:
+            observed["block1.norm.mean"], observed["block1.norm.var"] = closed.moments(_of_block(params, 1)[0], images)
         x = ops.first_layer(images, *_of_block(params, 1), stride=self.stride, pool=self.pool, dtype=dtype)
         for block in range(2, BLOCKS + 1):
             weight, gain, offset = _of_block(params, block)
             x = ops.convolution(x, weight.flatten(0, 1), stride=self.stride, tasks=len(weight))
+            if observed is not None:
+                name = f"block{block}.norm"
+                observed[f"{name}.mean"], observed[f"{name}.var"] = _moments(x.to(self.dtype), tasks=len(weight))
             x = ops.norm_relu_pool(x, gain.flatten(), offset.flatten(), pool=self.pool)
         return x
 
@@ -188,3 +198,9 @@ def _of_block(params: Params, block: int) -> tuple[Tensor, Tensor, Tensor]:
     """Filters [T, O, I, 3, 3], gains and offsets [T, O]."""
     weight, gain, offset = (params[f"block{block}.{name}"] for name in OF_BLOCK)
     return weight, gain, offset
+
+
+def _moments(x: Tensor, *, tasks: int) -> tuple[Tensor, Tensor]:
+    """Activations [N, T·C, H, W] -> mean and biased variance of each channel, [T, C]."""
+    var, mean = torch.var_mean(x.permute(0, 2, 3, 1).flatten(0, 2), dim=0, correction=0)
+    return mean.view(tasks, -1), var.view(tasks, -1)
