@@ -5,8 +5,11 @@ from pipeline.algorithms.lstm_meta_learner import LSTMMetaLearnerConfig
 from pipeline.algorithms.maml import MAMLConfig
 from pipeline.algorithms.maml_plus_plus import MAMLPlusPlusConfig
 from pipeline.algorithms.mann import MANNConfig
+from pipeline.algorithms.matching import MatchingConfig
 from pipeline.algorithms.meta_curvature import MetaCurvatureConfig
 from pipeline.algorithms.meta_sgd import MetaSGDConfig
+from pipeline.algorithms.proto_maml import ProtoMAMLConfig
+from pipeline.algorithms.protonet import ProtoNetConfig
 from pipeline.algorithms.transfer import TransferConfig
 
 ALGORITHMS = (
@@ -19,4 +22,7 @@ ALGORITHMS = (
     LSTMMetaLearnerConfig,
     TransferConfig,
     MANNConfig,
+    ProtoMAMLConfig,
+    ProtoNetConfig,
+    MatchingConfig,
 )

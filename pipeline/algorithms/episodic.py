@@ -10,6 +10,7 @@ embedding of its own), by names that begin with "ALGORITHM/".
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import cached_property
 from typing import Any, Literal, NamedTuple, Self
 
 import torch
@@ -120,8 +121,7 @@ class Episodic:
 
     def meta_grad(self, state: MetaState, batch: TaskBatch, *, step: int) -> MetaGradient:
         meta_params = {k: v.detach().requires_grad_() for k, v in state.params.items()}
-        support = Support(self.model.prepare(batch.support_x), batch.support_y, batch.num_classes, len(batch.support_x))
-        query = Query(self.model.prepare(batch.query_x), batch.query_y)
+        support, query = self._sets(batch)
         passes = self._support_passes() + self._query_passes()
         with torch.enable_grad():
             keys = pass_keys(batch.keys if self.model.stochastic else None, passes)
@@ -139,6 +139,14 @@ class Episodic:
         """Exponential averages; the first observation starts them."""
         keep = self.config.running_momentum
         return {k: keep * buffers[k] + (1 - keep) * v if k in buffers else v for k, v in observed.items()}
+
+    def _sets(self, batch: TaskBatch) -> tuple[Support, Query]:
+        """The support and query sets as `_query_loss` gets them."""
+        support_x, query_x = self.model.prepare(batch.support_x), self.model.prepare(batch.query_x)
+        return (
+            Support(support_x, batch.support_y, batch.num_classes, len(batch.support_x)),
+            Query(query_x, batch.query_y),
+        )
 
     def _support_passes(self) -> int:
         """Passes over the support set in meta-training, each of which gets keys of its own."""
@@ -192,6 +200,10 @@ class Episodic:
         """
         return self.model.apply(params, query, **how)
 
+    @cached_property
+    def _num_outputs(self) -> int:
+        return len(self.model.init(0)[self.model.head[1]])
+
     @property
     def _inductive(self) -> bool:
         """Whether meta-training normalizes the query set by statistics that do not depend on it."""
@@ -217,3 +229,12 @@ def only_classification(name: str, objective: Objective) -> None:
     """Raises ConfigError: the task is not a classification."""
     if objective.name != "classification":
         raise ConfigError(f"algorithm.name: {name} classifies, the task is a {objective.name}. Choose another of both.")
+
+
+def needs_features(name: str, model: TaskModel) -> None:
+    """Raises ConfigError: the model has no linear head, whose inputs are its features."""
+    if not set(model.head) <= set(model.parameter_names):
+        raise ConfigError(
+            f"algorithm.name: {name} needs the features that a linear head gets, and the module has no nn.Linear with "
+            "a bias. End model.factory's network in one, or choose another algorithm."
+        )

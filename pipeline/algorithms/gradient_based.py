@@ -115,9 +115,10 @@ class GradientBased(Episodic):
 
     def _start(self, meta_params: Params, support: Support, keys: Tensor | None) -> tuple[Params, Params]:
         """The inner loop's state before its first step, and what steps use and do not change."""
-        adapted = per_task({k: meta_params[k] for k in self.adapted_names}, support.tasks)
-        learned = per_task({k: v for k, v in meta_params.items() if k not in adapted}, support.tasks)
-        if self._features_stay():
+        params = self._initial(meta_params, support, keys)
+        adapted = {k: params[k] for k in self.adapted_names}
+        learned = {k: v for k, v in params.items() if k not in adapted}
+        if self._features_stay() and FEATURES not in learned:
             params = self._params(adapted, learned, 0)
             learned[FEATURES] = self._support_features(params, learned, support.x, keys)
         return adapted | self._optimizer_state(adapted), learned
@@ -125,6 +126,10 @@ class GradientBased(Episodic):
     def _optimizer_state(self, adapted: Params) -> Params:
         """What steps carry on beside the parameters, before the first one; its names hold a "/"."""
         return self.optimizer.start(adapted)
+
+    def _initial(self, meta_params: Params, support: Support, keys: Tensor | None) -> Params:
+        """What each task begins with, [T, ...] each: the network's parameters and what steps use besides."""
+        return per_task(meta_params, support.tasks)
 
     def _features_stay(self) -> bool:
         """Whether the body's features of the support set are the same at every step."""

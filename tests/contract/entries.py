@@ -53,6 +53,7 @@ class Entry:
     variants: tuple[dict[str, Any], ...] = ({},)  # other keys; the first variant is the plain algorithm
     problems: tuple[str, ...] = ANY_TASK  # that it is for
     outer_lr: float = 0.03  # of Adam's few steps on an easy family, after which the meta-loss must be lower
+    has_head: bool = True  # the model's head is among the meta-parameters
     queries_apart: bool = True
     # in inductive training, a query's part of the meta-loss does not depend on the other queries. Not where training
     # takes queries for something else than the loss of an adapted learner; say why beside it
@@ -100,6 +101,22 @@ ENTRIES: dict[str, Entry] = {
         problems=CLASSIFICATION,
         queries_apart=False,  # an episode's examples are one sequence, each of which the next ones may remember
     ),
+    "proto_maml": Entry(
+        required={"inner_lr": 0.1},
+        variants=(
+            {},
+            {"through_initialization": False, "adaptation_steps": 2, "recompute_inner_steps": True},
+            {"freeze": ["layer*", "norm*"]},
+        ),
+        problems=CLASSIFICATION,
+        has_head=False,
+    ),
+    "protonet": Entry(
+        variants=({}, {"normalization": "inductive"}, {"distance": "cosine", "learn_scale": True}),
+        problems=CLASSIFICATION,
+        has_head=False,
+    ),
+    "matching": Entry(problems=CLASSIFICATION, has_head=False),
 }
 
 
