@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from jobs import adapt, cluster_jobs, console, data, evaluate, register, runs, submit, train, tune
+from jobs import adapt, cluster_jobs, console, data, evaluate, register, reproduce, runs, submit, train, tune
 
 app = console.new_app(
     name="metapipe",
@@ -16,6 +16,7 @@ app = console.new_app(
 app.add_typer(data.app, name="data")
 app.command("train")(train.train)
 app.command("tune")(tune.tune)
+app.command("reproduce")(reproduce.reproduce)
 app.command("evaluate")(evaluate.evaluate)
 app.command("register")(register.register)
 app.command("adapt")(adapt.adapt)

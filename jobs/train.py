@@ -34,12 +34,12 @@ def train(
 
     console.use_cluster(address)
     experiment = experiments.load(config, overrides or [])
-    with _Display(experiment) as display:
+    with Display(experiment) as display:
         outcome = workflow.train(experiment, fresh=fresh, observe=display.observe, say=display.say)
     console.emit(_result(outcome), as_json=json, show=lambda: _show(outcome))
 
 
-class _Display:
+class Display:
     """The live line: step, meta-loss, validation score with its interval, tasks/s, time left."""
 
     def __init__(self, experiment: Experiment) -> None:
@@ -59,7 +59,7 @@ class _Display:
         self._task = self._progress.add_task("training", total=self._total, status="starting the workers")
         self._interactive = console.err.is_terminal
 
-    def __enter__(self) -> _Display:
+    def __enter__(self) -> Display:
         if self._interactive:
             self._progress.start()
         return self

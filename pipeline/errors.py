@@ -29,6 +29,10 @@ class ConfigError(UserError):
     """A configuration file or override that does not describe an experiment."""
 
 
+class RunTaken(ConfigError):
+    """Another process is working on a run of this name."""
+
+
 class DataError(UserError):
     """A data set, shard or image that is missing, damaged or too small for the task."""
 

@@ -221,6 +221,15 @@ def build(experiment: Experiment, *, device: torch.device) -> Components:
     return Components(family, model, algorithm)
 
 
+def check_device(experiment: Experiment, *, under_ray: bool | None = None) -> None:
+    """Raises ConfigError: it asks for a GPU and there is none. under_ray: as in `check_fits`."""
+    if under_ray is None:
+        under_ray = experiment.training.backend == "ray"
+    elsewhere = under_ray and "RAY_ADDRESS" in os.environ
+    if experiment.training.use_gpu and not elsewhere and not torch.cuda.is_available():
+        raise ConfigError("training.use_gpu: true, but no CUDA device is visible here. Set it to false.")
+
+
 def check_fits(experiment: Experiment, *, under_ray: bool | None = None) -> str:
     """Check everything that can be checked before any worker starts; returns the data set's digest.
 
@@ -228,11 +237,7 @@ def check_fits(experiment: Experiment, *, under_ray: bool | None = None) -> str:
 
     Raises UserError as `build` does, and where the data set's bytes are damaged.
     """
-    if under_ray is None:
-        under_ray = experiment.training.backend == "ray"
-    elsewhere = under_ray and "RAY_ADDRESS" in os.environ
-    if experiment.training.use_gpu and not elsewhere and not torch.cuda.is_available():
-        raise ConfigError("training.use_gpu: true, but no CUDA device is visible here. Set it to false.")
+    check_device(experiment, under_ray=under_ray)
     digest = experiment.task.verify()
     build(experiment, device=torch.device("cpu"))
     return digest

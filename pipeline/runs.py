@@ -28,7 +28,7 @@ from typing import Any
 import yaml
 
 from pipeline import config, experiment, storage
-from pipeline.errors import ConfigError, DataError
+from pipeline.errors import ConfigError, DataError, RunTaken
 from pipeline.experiment import Experiment
 from pipeline.storage import Location, ObjectPath
 from pipeline.training.checkpoint import CheckpointStore
@@ -118,15 +118,15 @@ class RunFolder:
 def claimed(runs_of_name: Location) -> Iterator[None]:
     """Hold a name's folder (RUNS/NAME) while one of its runs is worked on; the claim ends with the process.
 
-    Raises ConfigError: another process holds it, or the folder cannot be made.
+    Raises RunTaken: another process holds it. ConfigError: the folder cannot be made.
     """
     held = _held_object(runs_of_name) if isinstance(runs_of_name, ObjectPath) else _held_file(runs_of_name)
     with held:
         yield
 
 
-def _taken(runs_of_name: Location) -> ConfigError:
-    return ConfigError(
+def _taken(runs_of_name: Location) -> RunTaken:
+    return RunTaken(
         f"{runs_of_name}: another process is training a run of this name. Wait for it, or give this one another name "
         "with --set name=…"
     )
@@ -177,7 +177,7 @@ def _held_object(runs_of_name: ObjectPath) -> Iterator[None]:
 
 
 def _wait_until_free(place: ObjectPath) -> None:
-    """Returns when nobody holds the claim. Raises ConfigError as soon as its holder gives a sign of life."""
+    """Returns when nobody holds the claim. Raises RunTaken as soon as its holder gives a sign of life."""
     first: bytes | None = None
     waiting_since = time.monotonic()
     while True:
@@ -222,9 +222,7 @@ def open_run(exp: Experiment, *, data_digest: str, fresh: bool = False) -> tuple
     parent = runs_of(exp)
     last = latest_run(parent)
     if last is not None and not last.finished and not fresh:
-        changes = config.differences(_comparable(last.experiment()), _comparable(exp))
-        if last.read()["data_digest"] != data_digest:
-            changes.append(f"data set digest: {last.read()['data_digest'][:12]} -> {data_digest[:12]}")
+        changes = changes_since(last, exp, data_digest=data_digest)
         if changes:
             raise ConfigError(
                 f"{last.path}: this run is unfinished and was started differently: {'; '.join(changes)}. Go on with "
@@ -234,6 +232,18 @@ def open_run(exp: Experiment, *, data_digest: str, fresh: bool = False) -> tuple
     run = RunFolder(parent / f"{last.number + 1 if last else 1:03d}")
     run.describe(exp, data_digest=data_digest)
     return run, False
+
+
+def changes_since(run: RunFolder, exp: Experiment, *, data_digest: str | None) -> list[str]:
+    """`key: old -> new` for all that could make an experiment's result another one than a run's.
+
+    data_digest: None: not known here, so not compared.
+    """
+    changes = config.differences(_comparable(run.experiment()), _comparable(exp))
+    before = run.read()["data_digest"]
+    if data_digest is not None and before != data_digest:
+        changes.append(f"data set digest: {before[:12]} -> {data_digest[:12]}")
+    return changes
 
 
 def latest_run(parent: Location) -> RunFolder | None:

@@ -16,7 +16,7 @@ from pipeline import experiment as experiments
 from pipeline.errors import StopRequested, TrainingStopped
 from pipeline.experiment import Components, Experiment
 from pipeline.runs import RunFolder
-from pipeline.training import outer
+from pipeline.training import hardware, outer
 from pipeline.training import plan as plans
 from pipeline.training.checkpoint import TrainState
 from pipeline.training.compiled import Compiled
@@ -59,7 +59,7 @@ def train(context: Context, experiment: Experiment, run: RunFolder) -> None:
     total = experiment.training.steps
     state.plan = _plan(context, experiment, parts, state, run)
     if context.rank == 0:
-        run.update(plan=state.plan._asdict())
+        _note_start(context, experiment, state, run)
     steps_late = _steps_late(context.device)
     queued: deque[_QueuedStep] = deque()
     clock = _Clock()
@@ -151,6 +151,14 @@ def _plan(context: Context, experiment: Experiment, parts: Components, state: Tr
         chunk=experiments.task_chunk(experiment, parts, context.device),
         memory=experiment.training.memory_bytes,
     )
+
+
+def _note_start(context: Context, experiment: Experiment, state: TrainState, run: RunFolder) -> None:
+    """Leave the run's folder how it is computed, and on what; a run that goes on elsewhere has several machines."""
+    assert state.plan is not None
+    here = hardware.of_worker(context, threads=experiment.training.cpus_per_worker)
+    earlier = run.read().get("hardware", [])
+    run.update(plan=state.plan._asdict(), hardware=[*earlier, *([] if here in earlier else [here])])
 
 
 def _training_batches(

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from pipeline.training import hardware
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 LIBRARIES = ("torch", "numpy", "pyarrow", "ray", "higher", "torchopt", "learn2learn")
 
@@ -24,10 +26,9 @@ Columns = Mapping[str, Callable[[Row], str]]
 
 def place(device: torch.device) -> dict[str, Any]:
     """Hardware, versions and commit: what must be equal for numbers to stand in one table."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {
-        "processor": _processor(),
-        "cores": cores,
+        "processor": hardware.processor(),
+        "cores": hardware.cores(),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
@@ -89,14 +90,6 @@ def _markdown(where: Mapping[str, Any], rows: Iterable[Row], columns: Columns, n
         *(f"- {note}" for note in notes),
     ]
     return "\n".join(lines).rstrip() + "\n"
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
 
 
 def _version(name: str) -> str | None:
