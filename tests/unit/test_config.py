@@ -352,7 +352,10 @@ def test_differences_show_both_values() -> None:
     assert differences(old, new) == ["come: (absent) -> [1]", "gone: 2 -> (absent)", "training.steps: 5 -> 6"]
 
 
-@pytest.mark.parametrize("path", sorted(CONFIGS.glob("**/*.yaml")), ids=lambda p: p.stem)
+RECORDS = [path for path in sorted(CONFIGS.glob("**/*.yaml")) if path.name != "published.yaml"]  # others' results
+
+
+@pytest.mark.parametrize("path", RECORDS, ids=lambda p: p.stem)
 def test_shipped_configurations_are_records(path: Path) -> None:
     """A header with command, hardware, time and expected result, with nothing left to fill in."""
     header = [line for line in path.read_text().splitlines() if line.startswith("#")]
