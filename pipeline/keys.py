@@ -22,7 +22,9 @@ _GOLDEN = _signed(0x9E3779B97F4A7C15)
 _MIX_1 = _signed(0xBF58476D1CE4E5B9)
 _MIX_2 = _signed(0x94D049BB133111EB)
 
-_PASSES = 0x706173736573  # no small number: those are the samplers' streams
+# no small numbers: those are the samplers' streams
+_PASSES = 0x706173736573
+_ORDERS = 0x6F7264657273
 
 
 def _shift_right(x: Tensor, bits: int) -> Tensor:
@@ -81,6 +83,11 @@ def pass_keys(key: Tensor | None, n: int) -> list[Tensor | None]:
     if key is None:
         return [None] * n
     return list(bits(fold(key, _PASSES), n).unbind(-1))
+
+
+def order(key: Tensor, n: int, number: int) -> Tensor:
+    """The `number`-th random order of `n` things for each key: [...] -> int64 [..., n], a permutation of 0 … n − 1."""
+    return bits(fold(fold(key, _ORDERS), number), n).argsort(dim=-1, stable=True)
 
 
 def below(u: Tensor, bound: Tensor | int) -> Tensor:

@@ -10,12 +10,14 @@ from pipeline.algorithms.meta_curvature import MetaCurvatureConfig
 from pipeline.algorithms.meta_sgd import MetaSGDConfig
 from pipeline.algorithms.proto_maml import ProtoMAMLConfig
 from pipeline.algorithms.protonet import ProtoNetConfig
+from pipeline.algorithms.reptile import ReptileConfig
 from pipeline.algorithms.transfer import TransferConfig
 
 ALGORITHMS = (
     MAMLConfig,
     ANILConfig,
     BOILConfig,
+    ReptileConfig,
     MetaSGDConfig,
     MAMLPlusPlusConfig,
     MetaCurvatureConfig,

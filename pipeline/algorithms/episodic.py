@@ -59,6 +59,8 @@ class Support(NamedTuple):
     y: Tensor  # [T, S] or [T, S, D]
     num_classes: int | None  # in the episode; None: as many as the model has outputs
     tasks: int  # T
+    examples: Tensor  # [T, S, ...] as they came
+    keys: Tensor | None  # int64 [T], of the episodes in meta-training; None in evaluation and serving
 
 
 class Query(NamedTuple):
@@ -75,6 +77,7 @@ class QueryLoss(NamedTuple):
     outputs: Tensor  # [T, Q, num_outputs] of the adapted learner, for the score
     observed: Statistics  # [T, ...] each, for the running buffers; empty where none are kept
     metrics: dict[str, Tensor]  # scalars, summed over tasks
+    adapted: Params | None = None  # [T, ...] each, the learner whose loss this is; None: there is no one such
 
 
 class Episodic:
@@ -126,14 +129,14 @@ class Episodic:
         with torch.enable_grad():
             keys = pass_keys(batch.keys if self.model.stochastic else None, passes)
             answer = self._query_loss(meta_params, state.buffers, support, query, keys, step=step)
-            grads = torch.autograd.grad(answer.losses.sum(), list(meta_params.values()), allow_unused=True)
+            grads = self._meta_gradients(answer, meta_params)
         metrics = {
             "meta_loss": answer.losses.detach().sum(),
             f"train_{self.objective.score_name}": self.objective.score(answer.outputs.detach(), batch.query_y).sum(),
             **answer.metrics,
         }
         statistics = {k: v.detach().sum(dim=0) for k, v in answer.observed.items()}
-        return MetaGradient(named_gradients(meta_params, grads), metrics, statistics)
+        return MetaGradient(grads, metrics, statistics)
 
     def update_buffers(self, buffers: Statistics, observed: Statistics) -> Statistics:
         """Exponential averages; the first observation starts them."""
@@ -142,11 +145,16 @@ class Episodic:
 
     def _sets(self, batch: TaskBatch) -> tuple[Support, Query]:
         """The support and query sets as `_query_loss` gets them."""
-        support_x, query_x = self.model.prepare(batch.support_x), self.model.prepare(batch.query_x)
-        return (
-            Support(support_x, batch.support_y, batch.num_classes, len(batch.support_x)),
-            Query(query_x, batch.query_y),
-        )
+        support = self._support(batch.support_x, batch.support_y, batch.num_classes, batch.keys)
+        return support, Query(self.model.prepare(batch.query_x), batch.query_y)
+
+    def _support(self, x: Tensor, y: Tensor, num_classes: int | None, keys: Tensor | None = None) -> Support:
+        return Support(self.model.prepare(x), y, num_classes, len(x), x, keys)
+
+    def _meta_gradients(self, answer: QueryLoss, meta_params: Params) -> Params:
+        """Sums over tasks."""
+        grads = torch.autograd.grad(answer.losses.sum(), list(meta_params.values()), allow_unused=True)
+        return named_gradients(meta_params, grads)
 
     def _support_passes(self) -> int:
         """Passes over the support set in meta-training, each of which gets keys of its own."""
@@ -181,7 +189,7 @@ class Episodic:
             keys=on_query,
         )
         outputs = of_classes(outputs, support.num_classes)
-        return QueryLoss(self.objective.loss(outputs, query.y), outputs, observed, metrics)
+        return QueryLoss(self.objective.loss(outputs, query.y), outputs, observed, metrics, adapted.params)
 
     def _adapt(
         self, meta_params: Params, buffers: Statistics, support: Support, keys: list[Tensor | None], *, step: int

@@ -57,17 +57,24 @@ class GradientBased(Episodic):
         num_classes: int | None = None,
     ) -> Iterator[Adapted]:
         meta_params = {k: v.detach() for k, v in state.params.items()}
-        support = Support(self.model.prepare(support_x), support_y, num_classes, len(support_x))
+        support = self._support(support_x, support_y, num_classes)
         with torch.no_grad():
             inner, learned = self._start(meta_params, support, None)
         for number in range(steps + 1):
             if number:
-                with torch.enable_grad():
-                    inner = {k: v.detach().requires_grad_() for k, v in inner.items()}
-                    inner = self._inner_step(inner, learned, number - 1, support, create_graph=False, keys=None)
+                inner = self._step_without_graph(inner, learned, number - 1, support)
             with torch.no_grad():
                 params = self._params(inner, learned, number)
                 yield self._adapted(params, state.buffers, support, inductive=inductive, step=number)
+
+    def _step_without_graph(
+        self, inner: Params, learned: Params, number: int, support: Support, keys: Tensor | None = None
+    ) -> Params:
+        """An inner step of which nothing is kept but where it leads; `learned` without a graph."""
+        with torch.enable_grad():
+            inner = {k: v.detach().requires_grad_() for k, v in inner.items()}
+            inner = self._inner_step(inner, learned, number, support, create_graph=False, keys=keys)
+        return {k: v.detach() for k, v in inner.items()}
 
     def _support_passes(self) -> int:
         return self.train_steps + 1
@@ -147,8 +154,7 @@ class GradientBased(Episodic):
     ) -> Params:
         """One step of every task at once (tasks are independent: the sum's gradient is each one's)."""
         adapted = {k: inner[k] for k in self.adapted_names}
-        outputs = self._support_outputs(adapted, learned, number, support.x, keys)
-        losses = self.objective.loss(of_classes(outputs, support.num_classes), support.y)
+        losses = self._inner_losses(adapted, learned, number, support, keys)
         grads = gradients(losses.sum(), adapted, create_graph=create_graph)
         grads = self._transform(grads, learned, number)
         optimizer = {k: v for k, v in inner.items() if k not in adapted}
@@ -161,6 +167,13 @@ class GradientBased(Episodic):
     ) -> tuple[Params, Params]:
         """Step `number` itself: new parameters and a new optimizer's state, from gradients and support losses [T]."""
         return self.optimizer.update(adapted, optimizer, grads, self._rates(learned, number))
+
+    def _inner_losses(
+        self, adapted: Params, learned: Params, number: int, support: Support, keys: Tensor | None
+    ) -> Tensor:
+        """What step `number` reduces, [T]."""
+        outputs = self._support_outputs(adapted, learned, number, support.x, keys)
+        return self.objective.loss(of_classes(outputs, support.num_classes), support.y)
 
     def _support_outputs(
         self, adapted: Params, learned: Params, number: int, support: Any, keys: Tensor | None

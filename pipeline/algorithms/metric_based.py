@@ -150,7 +150,9 @@ class MetricBased(Episodic):
     def _sets(self, batch: TaskBatch) -> tuple[Support, Query]:
         """As they are: both may go through the network together."""
         return (
-            Support(batch.support_x, batch.support_y, batch.num_classes, len(batch.support_x)),
+            Support(
+                batch.support_x, batch.support_y, batch.num_classes, len(batch.support_x), batch.support_x, batch.keys
+            ),
             Query(batch.query_x, batch.query_y),
         )
 

@@ -150,7 +150,7 @@ class Transfer(GradientBased):
         statistics: Statistics | None = None  # the body's are the same at every step
         for adapted in path:
             if statistics is None:
-                support = Support(self.model.prepare(support_x), support_y, num_classes, len(support_x))
+                support = self._support(support_x, support_y, num_classes)
                 with torch.no_grad():
                     statistics = self._adapted(
                         adapted.params, state.buffers, support, inductive=True, step=0

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from pipeline.config import Section
@@ -21,13 +21,22 @@ class OuterConfig(Section):
     outer_lr: float = Field(default=1e-3, gt=0)
     weight_decay: float = Field(default=0.0, ge=0)
     momentum: float = Field(default=0.0, ge=0, lt=1)  # sgd only
-    schedule: Literal["constant", "cosine", "exponential", "plateau"] = "constant"
-    final_lr_fraction: float = Field(default=0.01, gt=0, le=1)
-    # cosine and exponential: share of outer_lr left at the last step; plateau: the share below which it stops
+    schedule: Literal["constant", "linear", "cosine", "exponential", "plateau"] = "constant"
+    final_lr_fraction: float = Field(default=0.01, ge=0, le=1)
+    # linear, cosine and exponential: share of outer_lr left at the last step; plateau: the share below which it stops
     plateau_factor: float = Field(default=0.5, gt=0, lt=1)
     plateau_patience: int = Field(default=5, ge=0)  # validations without a new best before the rate is reduced
     warmup_steps: int = Field(default=0, ge=0)  # linear from outer_lr / warmup_steps
     gradient_clip: float | None = Field(default=None, gt=0)  # bound on the meta-gradient's global norm
+
+    @model_validator(mode="after")
+    def _no_power_reaches_zero(self) -> OuterConfig:
+        if self.schedule == "exponential" and self.final_lr_fraction == 0:
+            raise ValueError(
+                "final_lr_fraction: 0 is not reached by schedule: exponential. Set it above 0, or the schedule to "
+                "linear or cosine"
+            )
+        return self
 
 
 def make_optimizer(config: OuterConfig, params: Params) -> torch.optim.Optimizer:
@@ -75,6 +84,8 @@ def outer_lr(config: OuterConfig, step: int, total_steps: int, plateau: Plateau)
         return rate * (step + 1) / config.warmup_steps
     span = max(1, total_steps - 1 - config.warmup_steps)
     progress = min(1.0, (step - config.warmup_steps) / span)
+    if config.schedule == "linear":
+        return rate * (1 - (1 - config.final_lr_fraction) * progress)
     if config.schedule == "cosine":
         return rate * (
             config.final_lr_fraction + (1 - config.final_lr_fraction) * (1 + math.cos(math.pi * progress)) / 2

@@ -75,6 +75,13 @@ ENTRIES: dict[str, Entry] = {
     ),
     "anil": Entry(required={"inner_lr": 0.1}, variants=({}, {"adaptation_steps": 3, "recompute_inner_steps": True})),
     "boil": Entry(required={"inner_lr": 0.1}),
+    "reptile": Entry(
+        required={"inner_lr": 0.1},
+        variants=(
+            {"adaptation_steps": 3},
+            {"adaptation_steps": 4, "inner_optimizer": "adam", "inner_lr": 0.01, "inner_batch_size": 8},
+        ),
+    ),
     "meta_sgd": Entry(variants=({}, {"adaptation_steps": 2, "inner_momentum": 0.9})),
     "maml_plus_plus": Entry(
         required={"inner_lr": 0.1},

@@ -22,6 +22,7 @@ def rate_at(step: int, steps: int = STEPS, scale: float = 1.0, **options: Any) -
     ("schedule", "middle", "last"),
     [
         ("constant", RATE, RATE),
+        ("linear", RATE * (1 + FINAL) / 2, RATE * FINAL),
         ("cosine", RATE * (1 + FINAL) / 2, RATE * FINAL),
         ("exponential", RATE * math.sqrt(FINAL), RATE * FINAL),
     ],
@@ -38,15 +39,25 @@ def test_first_middle_and_last_step(schedule: str, middle: float, last: float, w
     assert rates[:warmup] == pytest.approx([RATE * (i + 1) / warmup for i in range(warmup)], rel=1e-12)
 
 
-def test_cosine_and_exponential_at_a_quarter() -> None:
+def test_schedules_at_a_quarter() -> None:
     """The middle alone would not tell a cosine from a line."""
     quarter = (STEPS - 1) // 4
+    assert rate_at(quarter, schedule="linear") == pytest.approx(RATE * (3 + FINAL) / 4, rel=1e-12)
     cosine = RATE * (FINAL + (1 - FINAL) * (1 + math.sqrt(0.5)) / 2)
     assert rate_at(quarter, schedule="cosine") == pytest.approx(cosine, rel=1e-12)
     assert rate_at(quarter, schedule="exponential") == pytest.approx(RATE * FINAL**0.25, rel=1e-12)
 
 
-@pytest.mark.parametrize("schedule", ["constant", "cosine", "exponential", "plateau"])
+def test_linear_to_zero_is_reptiles_schedule() -> None:
+    """ε·(1 − i/n) for i = 0 … n, in n + 1 steps; a power never gets to 0."""
+    config = OuterConfig(outer_lr=RATE, schedule="linear", final_lr_fraction=0)
+    rates = [outer_lr(config, step, STEPS, Plateau()) for step in range(STEPS)]
+    assert rates == pytest.approx([RATE * (1 - i / (STEPS - 1)) for i in range(STEPS)], rel=1e-12, abs=1e-15)
+    with pytest.raises(ValueError, match="final_lr_fraction: 0 is not reached by schedule: exponential"):
+        OuterConfig(schedule="exponential", final_lr_fraction=0)
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine", "exponential", "plateau"])
 @settings(max_examples=40, deadline=None)
 @given(steps=st.integers(1, 50), warmup=st.integers(0, 60), step=st.integers(0, 60))
 def test_no_step_has_a_rate_outside_its_bounds(schedule: str, steps: int, warmup: int, step: int) -> None:
