@@ -10,45 +10,10 @@ from torch import Tensor
 from pipeline.algorithms.maml import MAML, MAMLConfig
 from pipeline.models.conv4 import Conv4Config
 from pipeline.models.mlp import MLPConfig
-from pipeline.tasks.objectives import Classification, Regression
+from pipeline.tasks.objectives import Classification
 from pipeline.training.step import split_tasks
-from pipeline.types import MetaState, Params, Statistics, TaskBatch
-
-DIMENSION = 3
-
-
-class Point:
-    """A model whose output is its parameter: with a squared loss, a quadratic in the parameters."""
-
-    stochastic = False
-    parameter_names = ("theta",)
-    head = ("head.weight", "head.bias")  # it has none
-
-    def init(self, seed: int) -> Params:
-        generator = torch.Generator().manual_seed(seed)
-        return {"theta": torch.randn(DIMENSION, generator=generator, dtype=torch.float64)}
-
-    def prepare(self, x: Tensor) -> Tensor:
-        return x
-
-    def apply(
-        self,
-        params: Params,
-        x: Tensor,
-        *,
-        statistics: Statistics | None = None,
-        observe: bool = False,
-        low_precision: bool = False,
-        keys: Tensor | None = None,
-    ) -> tuple[Tensor, Statistics]:
-        return params["theta"].unsqueeze(1), {}
-
-
-class Quadratic(Regression):
-    """½‖θ − c‖² per task; targets [T, 1, D] hold c."""
-
-    def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        return 0.5 * (outputs - targets).square().sum(dim=(1, 2))
+from pipeline.types import MetaState, Params, TaskBatch
+from tests.references import DIMENSION, Point, Quadratic
 
 
 @pytest.mark.parametrize("first_order", [False, True])
