@@ -218,6 +218,14 @@ def build(experiment: Experiment, *, device: torch.device) -> Components:
             f"task.eval_n_way: {n_way} is more than task.n_way ({family.num_outputs}), and the head that "
             f"{experiment.algorithm.name} trains has that many outputs. Lower it, or raise task.n_way."
         )
+    if family.weighting is not None:
+        if not getattr(algorithm, "tells_class_losses", False):
+            raise ConfigError(
+                f"task.difficulty: weights classes by their query losses in meta-training, which "
+                f"{experiment.algorithm.name} does not tell. Leave it out, or choose an algorithm that learns by the "
+                "query loss of episodes."
+            )
+        algorithm.watch_classes(family.train_classes)
     return Components(family, model, algorithm)
 
 

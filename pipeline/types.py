@@ -53,6 +53,10 @@ class Objective(Protocol):
     score_name: str  # "accuracy" or "mse"
     higher_is_better: bool
 
+    def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """[T, N, num_outputs], targets -> [T, N]: each example's loss."""
+        ...
+
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """[T, N, num_outputs], targets -> [T]: each task's mean loss over its N examples."""
         ...
@@ -66,6 +70,35 @@ class Objective(Protocol):
         ...
 
 
+class ClassWeighting(Protocol):
+    """How often meta-training draws each class: pure functions of a state that training keeps and checkpoints.
+
+    Shapes: C classes that meta-training draws from.
+    """
+
+    def start(self) -> Statistics:
+        """The state before the first outer step."""
+        ...
+
+    def weights(self, state: Statistics, step: int, *, completed: int) -> Tensor | None:
+        """[C] for outer step `step`, `completed` or the one after it, by the state after `completed` steps.
+
+        None: uniform.
+        """
+        ...
+
+    def after_step(self, state: Statistics, observed: Statistics, finite: Tensor) -> Statistics:
+        """The state after one more outer step. observed: `MetaGradient.classes`, over all ranks, up to a factor.
+
+        finite (bool, scalar): whether what was observed counts.
+        """
+        ...
+
+    def describe(self, state: Statistics) -> dict[str, float]:
+        """For the metrics of a validation."""
+        ...
+
+
 class TaskFamily(Protocol):
     """Where episodes come from, and the objective that fits them."""
 
@@ -74,10 +107,15 @@ class TaskFamily(Protocol):
     num_outputs: int  # n_way of meta-training, or the dimension of the regression target
     train_classes: int | None  # that meta-training draws from; None where there are no classes
     description: dict[str, Any]  # of its evaluation episodes, for results
+    weighting: ClassWeighting | None  # of meta-training's classes; None: they are uniform
     prefetch: bool  # True if sampling waits for a disk, so that the loop should sample one step ahead
 
-    def sample(self, split: Split, step: int, slots: Tensor, *, seed: int) -> TaskBatch:
-        """The episodes of `slots` (int64 [T]): a pure function of (seed, split, step, slot)."""
+    def sample(self, split: Split, step: int, slots: Tensor, *, seed: int, weights: Tensor | None = None) -> TaskBatch:
+        """The episodes of `slots` (int64 [T]): a pure function of (seed, split, step, slot, weights).
+
+        weights: float64 [train_classes], how often a class is drawn relative to the others, in meta-training and where
+        there are classes; None: equally often. Slots lie on the CPU, with weights on the family's device.
+        """
         ...
 
 
@@ -154,6 +192,9 @@ class MetaGradient(NamedTuple):
     grads: Params
     metrics: dict[str, Tensor]  # scalars
     statistics: Statistics  # observed, for the running buffers; empty where none are kept
+    classes: Statistics = {}  # noqa: RUF012 - a tuple's default, which nobody changes
+    # `loss` and `count` [train_classes]: over the tasks that hold a class, the sum of its mean query losses and how
+    # many tasks these are; empty where `watch_classes` was not called
 
 
 class Algorithm(Protocol):

@@ -94,6 +94,7 @@ class Episodic:
         self.model = model
         self.objective = objective
         self._running = config.inductive_statistics == "running"
+        self._watched: int | None = None  # classes of meta-training whose losses are wanted
 
     def init(self, seed: int) -> MetaState:
         return MetaState(self.model.init(seed), {})
@@ -136,7 +137,28 @@ class Episodic:
             **answer.metrics,
         }
         statistics = {k: v.detach().sum(dim=0) for k, v in answer.observed.items()}
-        return MetaGradient(grads, metrics, statistics)
+        classes = self._class_losses(answer.outputs.detach(), batch)
+        return MetaGradient(grads, metrics, statistics, classes)
+
+    @property
+    def tells_class_losses(self) -> bool:
+        """Whether `watch_classes` has an effect: a `meta_grad` of a subclass's own knows nothing of it."""
+        return type(self).meta_grad is Episodic.meta_grad
+
+    def watch_classes(self, number: int) -> None:
+        """From now on `meta_grad` also tells the query losses of each of the `number` classes of meta-training."""
+        self._watched = number
+
+    def _class_losses(self, outputs: Tensor, batch: TaskBatch) -> Statistics:
+        """`MetaGradient.classes` of answers [T, Q, n_way] to the queries. Empty where nobody asked for them."""
+        if self._watched is None or batch.classes is None:
+            return {}
+        of_label = one_hot(batch.query_y, batch.classes.shape[1], outputs.dtype)  # [T, Q, n_way]
+        losses = self.objective.losses(outputs, batch.query_y).unsqueeze(-1)  # [T, Q, 1]
+        means = (losses * of_label).sum(dim=1) / of_label.sum(dim=1)  # [T, n_way]
+        # no scatter: on a GPU it would add in another order each time
+        of_class = one_hot(batch.classes.flatten(), self._watched, outputs.dtype)  # [T·n_way, classes]
+        return {"loss": (means.view(-1, 1) * of_class).sum(dim=0), "count": of_class.sum(dim=0)}
 
     def update_buffers(self, buffers: Statistics, observed: Statistics) -> Statistics:
         """Exponential averages; the first observation starts them."""
@@ -221,6 +243,11 @@ class Episodic:
 def named_gradients(params: Params, grads: tuple[Tensor | None, ...]) -> Params:
     """By the names of `params`; zeros where the loss does not depend on one."""
     return {k: torch.zeros_like(v) if g is None else g for (k, v), g in zip(params.items(), grads, strict=True)}
+
+
+def one_hot(numbers: Tensor, classes: int, dtype: torch.dtype) -> Tensor:
+    """Integers [...] -> [..., classes], without looking at their values on the host."""
+    return (numbers.unsqueeze(-1) == torch.arange(classes, device=numbers.device)).to(dtype)
 
 
 def of_classes(outputs: Tensor, num_classes: int | None) -> Tensor:

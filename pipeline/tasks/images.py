@@ -20,6 +20,7 @@ from pipeline.errors import DataError
 from pipeline.storage import Address, absolute
 from pipeline.tasks import shards
 from pipeline.tasks.ahead import StepsAhead
+from pipeline.tasks.difficulty import ClassDifficulty, DifficultyConfig
 from pipeline.tasks.objectives import Classification
 from pipeline.tasks.sampler import EpisodeIndices, sample_indices
 from pipeline.types import SPLITS, Split, TaskBatch
@@ -41,6 +42,7 @@ class ImagesConfig(Section):
     # new_classes: each quarter turn of a meta-training class is a class of its own (ProtoNet, MANN);
     # per_class: the turn is drawn per class and task, so one episode never holds two turns of a class (MAML)
     memory_limit_mb: int = Field(default=2048, ge=0)  # larger data sets stay memory-mapped
+    difficulty: DifficultyConfig | None = None  # draws hard classes of meta-training more often; None: all equally
 
     def build(self, *, device: torch.device, dtype: torch.dtype) -> ImageTasks:
         return ImageTasks(self, device=device, dtype=dtype)
@@ -119,6 +121,9 @@ class ImageTasks:
             self._members[split] = members
             self._counts[split] = counts[members]
         self.train_classes = len(self._members["meta_train"]) * (4 if config.rotations == "new_classes" else 1)
+        self.weighting = (
+            ClassDifficulty(config.difficulty, classes=self.train_classes, device=device) if config.difficulty else None
+        )
         self._indices = StepsAhead(self._draw, device)
         store = MappedImages if self.prefetch else DeviceImages
         self._images: ImageStore = store(config.data, self.manifest, device)
@@ -128,12 +133,15 @@ class ImageTasks:
         members = [self.manifest.classes[i] for i in self._members[split].tolist()]
         return {entry.sha256: entry.name for entry in members}
 
-    def sample(self, split: Split, step: int, slots: Tensor, *, seed: int) -> TaskBatch:
+    def sample(self, split: Split, step: int, slots: Tensor, *, seed: int, weights: Tensor | None = None) -> TaskBatch:
         """Episodes with x [T, S|Q, C, H, W] in 0…1 and y int64 [T, S|Q], on the family's device.
 
         Raises DataError: a shard that is damaged when it is read (memory-mapped sets).
         """
-        indices = self._indices(split, step, slots, seed=seed)
+        if weights is None:
+            indices = self._indices(split, step, slots, seed=seed)
+        else:  # those of later steps are not known yet
+            indices = self._draw(split, seed, step, slots.to(self.device), weights)
         images = self._pixels(split, indices)
         shots = self.config.episode(split)[1]
         support, query = images[:, :, :shots], images[:, :, shots:]
@@ -163,7 +171,9 @@ class ImageTasks:
     def _rotations(self, split: Split) -> str:
         return self.config.rotations if split == "meta_train" else "none"  # test tasks are the data set's own
 
-    def _draw(self, split: Split, seed: int, steps: Tensor, slots: Tensor) -> EpisodeIndices:
+    def _draw(
+        self, split: Split, seed: int, steps: int | Tensor, slots: Tensor, weights: Tensor | None = None
+    ) -> EpisodeIndices:
         counts = self._counts[split]
         rotations = self._rotations(split)
         n_way, k_shot, n_query = self.config.episode(split)
@@ -177,6 +187,7 @@ class ImageTasks:
             k_shot=k_shot,
             n_query=n_query,
             turn_classes=rotations == "per_class",
+            class_weights=weights,
         )
 
     def _inputs(self, images: Tensor) -> Tensor:

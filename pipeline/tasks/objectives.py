@@ -15,9 +15,13 @@ class Classification:
     score_name = "accuracy"
     higher_is_better = True
 
+    def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Cross-entropy per example in nats: logits [T, N, D], labels [T, N] -> [T, N]."""
+        return F.cross_entropy(outputs.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
+
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Mean cross-entropy per task in nats: logits [T, N, D], labels [T, N] -> [T]."""
-        return F.cross_entropy(outputs.flatten(0, 1), targets.flatten(), reduction="none").view_as(targets).mean(1)
+        return self.losses(outputs, targets).mean(1)
 
     def score(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Accuracy per task in 0…1: logits [T, N, D], labels [T, N] -> [T]."""
@@ -34,6 +38,10 @@ class Regression:
     name = "regression"
     score_name = "mse"
     higher_is_better = False
+
+    def losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """Squared error per example, its mean over dimensions: [T, N, D], [T, N, D] -> [T, N]."""
+        return (outputs - targets).square().mean(dim=2)
 
     def loss(self, outputs: Tensor, targets: Tensor) -> Tensor:
         """Mean squared error per task: [T, N, D], [T, N, D] -> [T]."""

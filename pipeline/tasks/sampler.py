@@ -1,7 +1,8 @@
 """(seed, split, step, slot) -> class and example indices: pure and vectorized over slots.
 
-No state, no global random numbers, no worker number: any worker can draw any slot, so any number of workers
-sees the same global batch, and the data position of a resumed run is just its step.
+With weights of the classes it is a function of these too. No state, no global random numbers, no worker number: any
+worker can draw any slot, so any number of workers sees the same global batch, and the data position of a resumed run is
+just its step.
 
 Shapes: T slots · W n_way · K k_shot · Q n_query (per class) · C classes.
 """
@@ -16,7 +17,7 @@ from torch import Tensor
 from pipeline import keys
 from pipeline.types import SPLITS, Split
 
-_CLASSES, _EXAMPLES, _TURNS = 0, 1, 2  # streams of one episode's key
+_CLASSES, _EXAMPLES, _TURNS, _ARRIVALS = 0, 1, 2, 3  # streams of one episode's key
 
 
 class EpisodeIndices(NamedTuple):
@@ -47,6 +48,16 @@ def draw_without_replacement(u: Tensor, population: Tensor | int) -> Tensor:
     return picked.movedim(0, -1)
 
 
+def draw_weighted(u: Tensor, weights: Tensor, k: int) -> Tensor:
+    """Uniforms [..., C] and weights [C] -> int64 [..., k]: one after the other, in proportion to the weights left.
+
+    The first k arrivals of C exponential clocks with these rates (Efraimidis, Spirakis 2006, "Weighted random sampling
+    with a reservoir"); the logarithms of the times are the keys of Gumbel top-k.
+    """
+    times = u.log().neg_().div_(weights)
+    return times.topk(k, dim=-1, largest=False, sorted=True).indices
+
+
 def sample_indices(
     *,
     seed: int,
@@ -58,16 +69,23 @@ def sample_indices(
     k_shot: int,
     n_query: int,
     turn_classes: bool = False,
+    class_weights: Tensor | None = None,
 ) -> EpisodeIndices:
     """Draw the episodes of `slots` (int64 [T]) from classes with `class_counts` (int64 [C]) examples each.
 
-    Classes are uniform, whatever their sizes. The caller has checked that there are `n_way` classes and that each
-    has at least `k_shot + n_query` examples. With steps [B, 1] all that is returned has an axis B in front of T.
-    `turn_classes` draws a number of quarter turns per class and task.
+    Classes are uniform, whatever their sizes, or drawn with `class_weights` (float64 [C], all above zero). The caller
+    has checked that there are `n_way` classes and that each has at least `k_shot + n_query` examples. With steps [B, 1]
+    all that is returned has an axis B in front of T. `turn_classes` draws a number of quarter turns per class and task.
     """
     episode = keys.of_episodes(seed, SPLITS.index(split), step, slots)  # [T]
     class_uniforms = keys.uniform(keys.fold(episode, _CLASSES), n_way)
-    classes = draw_without_replacement(class_uniforms, len(class_counts))
+    if class_weights is None:
+        classes = draw_without_replacement(class_uniforms, len(class_counts))
+    else:
+        arrivals = keys.uniform(keys.fold(episode, _ARRIVALS), len(class_counts))
+        classes = draw_weighted(arrivals, class_weights, n_way)
+        order = draw_without_replacement(class_uniforms, n_way)  # or the first labels would have the hardest classes
+        classes = classes.gather(-1, order)
     positions = torch.arange(n_way, device=slots.device)
     per_class = keys.fold(keys.fold(episode, _EXAMPLES).unsqueeze(-1), positions)  # [T, W]
     examples = draw_without_replacement(keys.uniform(per_class, k_shot + n_query), class_counts[classes])

@@ -56,6 +56,7 @@ class SinusoidTasks:
     input_shape = (1,)
     num_outputs = 1
     train_classes = None
+    weighting = None
     prefetch = False
 
     def __init__(self, config: SinusoidConfig, *, device: torch.device, dtype: torch.dtype) -> None:
@@ -80,7 +81,8 @@ class SinusoidTasks:
             keys=key,
         )
 
-    def sample(self, split: Split, step: int, slots: Tensor, *, seed: int) -> TaskBatch:
+    def sample(self, split: Split, step: int, slots: Tensor, *, seed: int, weights: Tensor | None = None) -> TaskBatch:
+        assert weights is None, "these tasks have no classes"
         n_support, _ = self._sizes(split)
         amplitude, phase, x, key = self._drawn(split, step, slots, seed=seed)
         y = (amplitude * torch.sin(x - phase)).to(self.dtype)

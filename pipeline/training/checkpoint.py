@@ -26,7 +26,7 @@ from pipeline.errors import DataError
 from pipeline.storage import Location
 from pipeline.training.outer import Plateau, load_optimizer
 from pipeline.training.plan import Plan
-from pipeline.types import MetaState
+from pipeline.types import MetaState, Statistics
 
 STATE_FILE, META_FILE = "state.pt", "meta.json"
 STEP_NAME = re.compile(r"step-[0-9]{8}")  # exactly: a user's step-00000100.bak is none of ours
@@ -56,6 +56,7 @@ class TrainState:
     best: Best = field(default_factory=Best)
     skipped: int = 0  # outer steps left out because something was not finite
     skipped_in_a_row: int = 0
+    classes: Statistics | None = None  # what the family weights meta-training's classes by; None: they are uniform
     plan: Plan | None = None  # None before the first step, and in checkpoints of older versions
 
 
@@ -110,6 +111,7 @@ class CheckpointStore:
             "best": {"step": state.best.step, "score": state.best.score},
             "skipped": state.skipped,
             "skipped_in_a_row": state.skipped_in_a_row,
+            "classes": state.classes,
             "plan": state.plan and state.plan._asdict(),
         }
         stream = io.BytesIO()
@@ -165,4 +167,5 @@ class CheckpointStore:
         state.best = Best(**content["best"])
         state.skipped = content["skipped"]
         state.skipped_in_a_row = content["skipped_in_a_row"]
+        state.classes = content.get("classes")
         state.plan = Plan(**content["plan"]) if content.get("plan") else None

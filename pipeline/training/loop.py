@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 
 from pipeline import experiment as experiments
 from pipeline.errors import StopRequested, TrainingStopped
@@ -64,7 +65,7 @@ def train(context: Context, experiment: Experiment, run: RunFolder) -> None:
     queued: deque[_QueuedStep] = deque()
     clock = _Clock()
     with _written(run, state), _journal(context, run, state) as journal:
-        for batch in _training_batches(context, experiment, parts, first_step=state.step):
+        for batch in _training_batches(context, experiment, parts, state):
             queued.append(_queue_outer_step(context, experiment, parts, state, batch, clock, late=steps_late > 0))
             validating = state.step % experiment.training.validate_every == 0 or state.step == total
             stop, not_finite = False, ""
@@ -75,6 +76,8 @@ def train(context: Context, experiment: Experiment, run: RunFolder) -> None:
                 newest = step.number == state.step
                 if newest and validating and state.skipped_in_a_row < experiment.training.max_nonfinite_steps:
                     metrics |= _validate(context, experiment, parts, state, run)
+                    if parts.family.weighting and state.classes:
+                        metrics |= parts.family.weighting.describe(state.classes)
                 context.observe({"step": step.number, **metrics})
                 if journal:
                     journal.append(step.number, metrics)
@@ -128,7 +131,8 @@ def _initial_state(experiment: Experiment, parts: Components, device: torch.devi
     meta = parts.algorithm.init(experiment.seed)  # the same on every rank: no broadcast needed
     params = {name: value.to(device).requires_grad_() for name, value in meta.params.items()}
     optimizer = outer.make_optimizer(experiment.training.outer, params)
-    return TrainState(step=0, meta=MetaState(params, meta.buffers), optimizer=optimizer)
+    classes = parts.family.weighting.start() if parts.family.weighting else None
+    return TrainState(step=0, meta=MetaState(params, meta.buffers), optimizer=optimizer, classes=classes)
 
 
 def _plan(context: Context, experiment: Experiment, parts: Components, state: TrainState, run: RunFolder) -> Plan:
@@ -162,24 +166,37 @@ def _note_start(context: Context, experiment: Experiment, state: TrainState, run
 
 
 def _training_batches(
-    context: Context, experiment: Experiment, parts: Components, *, first_step: int
+    context: Context, experiment: Experiment, parts: Components, state: TrainState
 ) -> Iterator[TaskBatch]:
-    """This rank's share of every outer step's meta-batch; drawn one step ahead where drawing waits for a disk."""
-    slots = slots_of_rank(context, experiment.training.meta_batch_size).to(context.device)
+    """This rank's share of every outer step's meta-batch; drawn one step ahead where drawing waits for a disk.
 
-    def draw(step: int) -> TaskBatch:
-        return parts.family.sample("meta_train", step, slots, seed=experiment.seed)
+    Takes the next step after `state.step`, which whoever asks for the batches counts up.
+    """
+    slots = slots_of_rank(context, experiment.training.meta_batch_size)
+    on_device = slots.to(context.device)
 
-    steps = range(first_step, experiment.training.steps)
+    def weights(step: int) -> Tensor | None:
+        """As they are when this is asked; by the time it is drawn in a thread the state may be a step further."""
+        if parts.family.weighting is None or state.classes is None:
+            return None
+        return parts.family.weighting.weights(state.classes, step, completed=state.step)
+
+    def draw(step: int, weights: Tensor | None) -> TaskBatch:
+        if weights is None:
+            return parts.family.sample("meta_train", step, slots, seed=experiment.seed)
+        return parts.family.sample("meta_train", step, on_device, seed=experiment.seed, weights=weights)
+
+    steps = range(state.step, experiment.training.steps)
     if not parts.family.prefetch:
-        yield from map(draw, steps)
+        for step in steps:
+            yield draw(step, weights(step))
         return
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch") as pool:
-        ahead = pool.submit(draw, first_step)
+        ahead = pool.submit(draw, state.step, weights(state.step))
         for step in steps:
             batch = ahead.result()
             if step + 1 in steps:
-                ahead = pool.submit(draw, step + 1)
+                ahead = pool.submit(draw, step + 1, weights(step + 1))
             yield batch
 
 
@@ -248,6 +265,8 @@ def _queue_outer_step(
         norm = outer.update(config.outer, state.optimizer, params, gradient.grads, lr=lr)
         buffers = parts.algorithm.update_buffers(buffers, gradient.statistics)
     state.meta = MetaState(params, buffers)
+    if parts.family.weighting and state.classes:
+        state.classes = parts.family.weighting.after_step(state.classes, gradient.classes, gradient.finite)
     state.step += 1
     first = torch.stack([gradient.finite.to(norm.dtype), *gradient.metrics.values(), norm])
     numbers = Fetched(torch.cat([first, gradient.told]))

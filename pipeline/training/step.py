@@ -20,6 +20,7 @@ class QueuedGradient(NamedTuple):
     grads: Params
     metrics: dict[str, Tensor]
     statistics: Params
+    classes: Params
     finite: Tensor  # bool: every number above, on every rank
     told: Tensor  # [2·world_size + 2]: compute seconds and chunk of each rank, tasks, ranks that were asked to end
     started: Mark
@@ -103,7 +104,15 @@ def queue_gradient(
         return {name.removeprefix(prefix): value for name, value in means.items() if name.startswith(prefix)}
 
     return QueuedGradient(
-        part("grads/"), part("metrics/"), part("statistics/"), finite, told_by_all, started, computed, reduced
+        part("grads/"),
+        part("metrics/"),
+        part("statistics/"),
+        part("classes/"),
+        finite,
+        told_by_all,
+        started,
+        computed,
+        reduced,
     )
 
 
@@ -150,7 +159,7 @@ def _sums(
 
 
 def _named(gradient: MetaGradient) -> Params:
-    """The three parts as one flat dict, so that they travel in one all-reduce."""
+    """The parts as one flat dict, so that they travel in one all-reduce."""
     return {
         f"{field}/{name}": value
         for field, values in zip(gradient._fields, gradient, strict=True)
