@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from pipeline import experiment as experiments
+from pipeline.errors import ConfigError
 from pipeline.experiment import Experiment
 from pipeline.learner import Learner, write_model
 from pipeline.runs import RunFolder
@@ -93,6 +95,25 @@ def test_order_and_chunks_of_tasks_do_not_matter(case: Case) -> None:
         whole = getattr(case.gradient, field)
         summed = {name: torch.stack([getattr(piece, field)[name] for piece in pieces]).sum(0) for name in whole}
         assert_same(summed, whole, **ROUNDING)
+
+
+def test_the_losses_of_classes_are_told_or_refused(plain_case: Case) -> None:
+    """For a sampler that weights classes by them: their sums over tasks, and nothing else changes."""
+    content = plain_case.experiment.to_dict()
+    content["task"]["difficulty"] = {}
+    experiment = experiments.from_dict(content, source="contract")
+    if not getattr(plain_case.algorithm, "tells_class_losses", False):
+        with pytest.raises(ConfigError, match=r"task\.difficulty"):
+            build(experiment)
+        return
+    told = build(experiment).algorithm.meta_grad(plain_case.state, plain_case.batch, step=0)
+    assert plain_case.gradient.classes == {}
+    assert_same_gradient(told._replace(classes={}), plain_case.gradient)
+    assert plain_case.batch.classes is not None
+    met = plain_case.batch.classes.flatten().bincount(minlength=plain_case.parts.family.train_classes or 0)
+    assert torch.equal(told.classes["count"].long(), met)
+    assert bool((told.classes["loss"] >= 0).all())
+    assert torch.equal(told.classes["loss"] > 0, met > 0)
 
 
 class OneAfterAnother(LocalContext):
