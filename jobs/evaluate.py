@@ -32,6 +32,9 @@ def evaluate(
         bool, typer.Option("--baselines", help="Also the untrained network and nearest neighbour, same episodes.")
     ] = False,
     out: Annotated[Path | None, typer.Option(help="Write per-episode results to this Parquet file.")] = None,
+    report: Annotated[
+        Path | None, typer.Option(help="Write to this folder which classes are hard and which are confused.")
+    ] = None,
     json: console.Json = False,
 ) -> None:
     """Mean and 95 % interval over episodes, inductive and transductive, after 0…k adaptation steps."""
@@ -50,10 +53,11 @@ def evaluate(
         k_shot=k_shot,
         n_query=n_query,
         baselines=baselines,
+        report=report,
     )
     if out:
         results.write(result.evaluation, out)
-    console.emit(_result(model, result), as_json=json, show=lambda: _show(model, result, out))
+    console.emit(_result(model, result), as_json=json, show=lambda: _show(model, result, out, report))
 
 
 def _result(model: str, result: ModelEvaluation) -> dict[str, Any]:
@@ -75,7 +79,7 @@ def _result(model: str, result: ModelEvaluation) -> dict[str, Any]:
     }
 
 
-def _show(model: str, result: ModelEvaluation, out: Path | None) -> None:
+def _show(model: str, result: ModelEvaluation, out: Path | None, report: Path | None) -> None:
     evaluation = result.evaluation
     console.out.print(
         f"[bold]{escape(model)}[/] on data {evaluation.data_digest[:12]}…, episode seed {evaluation.seed}",
@@ -94,6 +98,8 @@ def _show(model: str, result: ModelEvaluation, out: Path | None) -> None:
         )
     if out:
         console.out.print(f"per-episode results: {out}", soft_wrap=True)
+    if report:
+        console.out.print(f"hard classes and confusions: {report}", soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -39,21 +39,21 @@ def episodes(batch: TaskBatch, file: Path, *, max_queries: int = 5) -> None:
     for task, axis in enumerate(axes[:tasks]):
         support = batch.support_x[task].unflatten(0, (n_way, k_shot))
         query = batch.query_x[task].unflatten(0, (n_way, -1))[:, :n_query]
-        sheet, border = _sheet(support.cpu().numpy(), query.cpu().numpy())
-        axis.imshow(sheet, cmap="gray_r" if sheet.ndim == 2 else None, vmin=0, vmax=1)
+        picture, border = sheet(support.cpu().numpy(), query.cpu().numpy())
+        axis.imshow(picture, cmap="gray_r" if picture.ndim == 2 else None, vmin=0, vmax=1)
         axis.axvline(border, color="tab:red", linewidth=1.5)
         axis.set_title(f"episode {task}: {k_shot}-shot support | query", fontsize=7)
     figure.savefig(file)
 
 
-def _sheet(support: np.ndarray, query: np.ndarray) -> tuple[np.ndarray, float]:
+def sheet(support: np.ndarray, query: np.ndarray) -> tuple[np.ndarray, float]:
     """[W, K, C, H, W'] and [W, Q, C, H, W'] -> one picture, and where the line between them goes."""
     images = np.concatenate([support, query], axis=1).transpose(0, 1, 3, 4, 2)
     rows, columns, height, width, channels = images.shape
     framed = np.ones((rows, columns, height + 2, width + 2, channels), dtype=images.dtype) * 0.5
     framed[:, :, 1:-1, 1:-1] = images
-    sheet = framed.transpose(0, 2, 1, 3, 4).reshape(rows * (height + 2), columns * (width + 2), channels)
-    return (sheet[..., 0] if channels == 1 else sheet), support.shape[1] * (width + 2) - 0.5
+    picture = framed.transpose(0, 2, 1, 3, 4).reshape(rows * (height + 2), columns * (width + 2), channels)
+    return (picture[..., 0] if channels == 1 else picture), support.shape[1] * (width + 2) - 0.5
 
 
 def training_curves(records: Sequence[dict[str, Any]], score_name: str, file: Path) -> None:

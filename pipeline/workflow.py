@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from pipeline import class_report, launch, movement, pictures, promotion, results, runs, storage
 from pipeline import experiment as experiments
-from pipeline import launch, movement, pictures, promotion, results, runs, storage
 from pipeline.baselines import nearest_neighbour
 from pipeline.credentials import without_credentials
 from pipeline.errors import ConfigError, DataError, TrackingError
@@ -225,7 +225,9 @@ def evaluate_run(exp: Experiment, run: RunFolder, parts: Components, log: RunLog
         episodes=exp.evaluation.test_episodes,
         data_digest=data_digest,
         chunk=chunk,
+        keep_predictions=True,
     )
+    classes = None
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         content = {**test.to_dict(), "checkpoint_step": step}
@@ -242,11 +244,17 @@ def evaluate_run(exp: Experiment, run: RunFolder, parts: Components, log: RunLog
         if isinstance(parts.family, ImageTasks):
             batch = parts.family.sample("meta_val", 0, torch.arange(4), seed=SELECTION_SEED)
             pictures.episodes(batch, folder / "episodes.png")
+            classes = class_report.write(test, parts.family, folder, mode=exp.evaluation.selection_mode)
         further = _curves(exp, parts, state, folder)
         storage.copy_folder(folder, run.evaluation)
         log.artifacts(folder, "evaluation")
-    log.summary(summarize(test, "test") | (moved.metrics() if moved else {}) | further, step=exp.training.steps)
+    summary = summarize(test, "test") | (moved.metrics() if moved else {}) | further
+    if classes:
+        summary |= class_report.metrics(classes)
+    log.summary(summary, step=exp.training.steps)
     log.tags({"checkpoint.best_step": str(step), "checkpoint.folder": str(run.checkpoints.path(step))})
+    if classes:
+        log.tags(class_report.tags(classes))
     return test
 
 
@@ -361,10 +369,14 @@ def evaluate_model(
     k_shot: int | None = None,
     n_query: int | None = None,
     baselines: bool = False,
+    report: Path | None = None,
 ) -> ModelEvaluation:
     """A model on fixed episodes of a data set (by default the one it was trained on).
 
-    Raises DataError: the data set is missing, damaged, too small, or its images have another shape.
+    report: a folder for which classes are hard and which are confused (see `class_report`).
+
+    Raises ConfigError: a report is wanted and the tasks have no classes. DataError: the data set is missing, damaged,
+    too small, or its images have another shape.
     """
     keep_freed_memory()
     exp = experiments.from_dict(learner.card.experiment, source="the model's experiment")
@@ -377,6 +389,7 @@ def evaluate_model(
     digest = task.verify()
     device = launch.default_device()
     family = task.build(device=device, dtype=learner.dtype)
+    reported = class_report.check(family) if report else None
     chunk = experiments.task_chunk(exp, Components(family, learner.model, learner.algorithm), device)
     if list(family.input_shape) != learner.card.input_shape:
         raise ConfigError(
@@ -387,7 +400,7 @@ def evaluate_model(
     if isinstance(family, ImageTasks) and part != "meta_train":
         _check_unseen(learner, family, part)
 
-    def run(state: MetaState) -> Evaluation:
+    def run(state: MetaState, *, keep_predictions: bool = False) -> Evaluation:
         return evaluate(
             learner.algorithm,
             family,
@@ -398,9 +411,12 @@ def evaluate_model(
             data_digest=digest,
             chunk=chunk,
             steps=steps,
+            keep_predictions=keep_predictions,
         )
 
-    evaluation = run(learner.state)
+    evaluation = run(learner.state, keep_predictions=reported is not None)
+    if report and reported:
+        class_report.write(evaluation, reported, report, mode=promotion.MODE)
     comparisons = []
     if baselines:
         ours = evaluation.final_scores(promotion.MODE)

@@ -130,8 +130,7 @@ class ImageTasks:
 
     def class_digests(self, split: Split) -> dict[str, str]:
         """sha256 of a class's images -> its name, for the classes of one part."""
-        members = [self.manifest.classes[i] for i in self._members[split].tolist()]
-        return {entry.sha256: entry.name for entry in members}
+        return {entry.sha256: entry.name for entry in self.entries(split)}
 
     def sample(self, split: Split, step: int, slots: Tensor, *, seed: int, weights: Tensor | None = None) -> TaskBatch:
         """Episodes with x [T, S|Q, C, H, W] in 0…1 and y int64 [T, S|Q], on the family's device.
@@ -153,6 +152,17 @@ class ImageTasks:
             keys=indices.keys,
             classes=indices.classes,
         )
+
+    def entries(self, split: Split) -> list[shards.ClassEntry]:
+        """The classes of one part, in the order of `TaskBatch.classes` (of meta-training: without quarter turns)."""
+        return [self.manifest.classes[i] for i in self._members[split].tolist()]
+
+    def examples(self, split: Split, classes: list[int], count: int) -> Tensor:
+        """The first images of classes of one part, uint8 [classes, count or the fewest that one has, C, H, W]."""
+        numbers = torch.tensor(classes, dtype=torch.int64, device=self.device)
+        fewest = min((self.entries(split)[c].count for c in classes), default=0)
+        rows = torch.arange(min(count, fewest), device=self.device).expand(1, len(classes), -1)
+        return self._images.gather(self._members[split][numbers].unsqueeze(0), rows)[0]
 
     def pixels(self, split: Split, step: int, slots: Tensor, *, seed: int) -> Tensor:
         """The episodes' images as they are stored: uint8 [T, W, K + Q, C, H, W], each class's support first."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -53,6 +53,14 @@ class Estimate:
         return cls(float(values.mean()), Z_95 * spread / math.sqrt(len(values)))
 
 
+class Predictions(NamedTuple):
+    """What each query was answered after the last adaptation step. int32, on the CPU: a few bytes an answer."""
+
+    classes: Tensor  # [E, n_way], which of the split's classes a label stands for
+    labels: Tensor  # [E, Q], right ones
+    answers: Tensor  # [E, M, Q], labels
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """Scores [E, M, K + 1] and losses of the same shape, on the episodes of (seed, split)."""
@@ -64,6 +72,7 @@ class Evaluation:
     seed: int
     data_digest: str
     task: dict[str, Any]  # the family's description: class split, n_way, k_shot, n_query
+    predictions: Predictions | None = None  # where they were kept
 
     @property
     def episodes(self) -> int:
@@ -126,14 +135,18 @@ def evaluate(
     chunk: int | None,
     steps: int | None = None,
     last_only: bool = False,
+    keep_predictions: bool = False,
     context: Context | None = None,
 ) -> Evaluation:
     """Evaluate on `episodes` fixed episodes, shared among the context's ranks; every rank gets the whole result.
 
     steps: adaptation steps, by default the algorithm's own for evaluation. chunk: episodes adapted at once (None: 32).
     last_only: score the queries after the last adaptation step alone, [E, M, 1]: validation needs no more.
+    keep_predictions: keep what was answered, where tasks have classes; in one process.
     """
     context = context or LocalContext()
+    assert not keep_predictions or context.world_size == 1, "predictions are kept by one process"
+    kept: list[Predictions] = []
     steps = algorithm.eval_steps if steps is None else steps
     # float64 and zeros for the other ranks' rows: the sum over ranks is then exact, whatever the number of ranks
     scored = 1 if last_only else steps + 1
@@ -146,6 +159,7 @@ def evaluate(
         path = algorithm.adaptation_path(
             state, batch.support_x, batch.support_y, steps=steps, inductive=True, num_classes=classes
         )
+        answers = []
         for step, adapted in enumerate(path, start=scored - steps - 1):
             if step < 0:
                 continue
@@ -154,10 +168,17 @@ def evaluate(
                     outputs = algorithm.predict(adapted, batch.query_x, mode)[..., :classes]
                     results[0, rows, m, step] = family.objective.score(outputs, batch.query_y).to(torch.float64)
                     results[1, rows, m, step] = family.objective.loss(outputs, batch.query_y).to(torch.float64)
+                    if keep_predictions and step == scored - 1:
+                        answers.append(outputs.argmax(dim=-1))
+        if keep_predictions and batch.classes is not None:
+            told = (batch.classes, batch.query_y, torch.stack(answers, dim=1))
+            kept.append(Predictions(*(part.to("cpu", torch.int32) for part in told)))
     if context.world_size > 1:
         context.all_reduce(results)
     scores, losses = results.cpu()
-    return Evaluation(scores, losses, family.objective.score_name, split, seed, data_digest, family.description)
+    predictions = Predictions(*(torch.cat(parts) for parts in zip(*kept, strict=True))) if kept else None
+    task = family.description
+    return Evaluation(scores, losses, family.objective.score_name, split, seed, data_digest, task, predictions)
 
 
 def curves(
