@@ -55,6 +55,7 @@ def test_the_run_is_in_mlflow_with_every_step(trained: Outcome, image_data: Path
     wanted = (
         *("test.json", "test.parquet", "curves.png", "adaptation.png", "episodes.png"),
         *("movement.json", "movement.png"),
+        *("classes.json", "classes.png", "confusions.png", "groups.png"),
     )
     assert files == {f"evaluation/{name}" for name in wanted}
 
