@@ -13,11 +13,13 @@ from pydantic import Field, field_serializer, field_validator, model_validator
 
 from pipeline import config, kernels
 from pipeline.algorithms import ALGORITHMS
+from pipeline.algorithms.inner_optimizer import not_frozen
 from pipeline.config import Section
 from pipeline.errors import ConfigError
 from pipeline.kernels import Kernel, Precision
 from pipeline.models import MODELS
-from pipeline.storage import Address
+from pipeline.models.torchvision_model import NO_WEIGHTS
+from pipeline.storage import Address, absolute
 from pipeline.tasks import TASK_FAMILIES
 from pipeline.training.outer import OuterConfig
 from pipeline.types import Algorithm, TaskFamily, TaskModel
@@ -35,9 +37,14 @@ else:
 class TrainingConfig(Section):
     """The outer loop and where it runs."""
 
-    steps: int = Field(ge=1)  # outer steps
+    steps: int = Field(ge=0)  # outer steps; 0: the weights it starts from are evaluated and registered as they are
     meta_batch_size: int = Field(default=32, ge=1)  # episodes per outer step, over all workers
     outer: OuterConfig = OuterConfig()
+    init_from: str | None = Field(default=None, min_length=1)
+    # weights to start from: a state file (.safetensors, .pt, .pth), a run's folder, a model's folder, or
+    # models:/NAME@champion. The network must be the same; a head of another shape stays fresh
+    freeze: list[str] = Field(default=[], examples=[["block1.*", "*.norm.*"]])
+    # patterns of meta-parameters that outer steps leave as they are; inner steps may still change them
     validate_every: int = Field(default=100, ge=1)  # outer steps; a checkpoint is written after each validation
     max_nonfinite_steps: int = Field(default=10, ge=1)  # skipped in a row before the run stops
     task_chunk: int | None = Field(default=None, ge=1)
@@ -108,6 +115,12 @@ class TrainingConfig(Section):
             raise ValueError(f"backend local has one worker, num_workers is {self.max_workers}: use ray or processes")
         return self
 
+    def absolute(self) -> TrainingConfig:
+        """With an absolute path of the weights to start from: a run is resumed from any folder."""
+        if self.init_from is None or self.init_from.startswith(("models:/", "runs:/")):
+            return self
+        return self.model_copy(update={"init_from": absolute(self.init_from)})
+
     @property
     def min_workers(self) -> int:
         return self.num_workers if isinstance(self.num_workers, int) else self.num_workers[0]
@@ -153,9 +166,20 @@ class Experiment(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
     tracking: TrackingConfig = TrackingConfig()
 
+    @model_validator(mode="after")
+    def _one_source_of_weights(self) -> Experiment:
+        if self.training.init_from is not None and getattr(self.model, "weights", NO_WEIGHTS) != NO_WEIGHTS:
+            raise ValueError("training.init_from and model.weights both name weights to start from: leave one out")
+        if getattr(self.model, "batch_norm", None) == "pretrained" and initial_weights(self) is None:
+            raise ValueError(
+                "model.batch_norm: pretrained takes statistics that come with weights: set training.init_from, or the "
+                "weights of model.name: torchvision"
+            )
+        return self
+
     def absolute(self) -> Experiment:
         """With absolute paths: workers run in another folder. Raises ConfigError: see `storage.location`."""
-        sections = {"task": self.task, "model": self.model}
+        sections = {"task": self.task, "model": self.model, "training": self.training}
         changes = {k: section.absolute() for k, section in sections.items() if hasattr(section, "absolute")}
         return self.model_copy(update=changes)
 
@@ -181,6 +205,23 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> Experiment:
 def from_dict(content: dict[str, Any], *, source: str) -> Experiment:
     """The experiment that `Experiment.to_dict` wrote. Raises ConfigError."""
     return config.validate(Experiment, content, source=source)
+
+
+def initial_weights(experiment: Experiment) -> str | None:
+    """Where the weights come from that training starts from; None: they are random."""
+    weights = getattr(experiment.model, "weights", NO_WEIGHTS)
+    return experiment.training.init_from or (None if weights == NO_WEIGHTS else weights)
+
+
+def frozen_names(experiment: Experiment, parts: Components, names: Iterable[str]) -> set[str]:
+    """The meta-parameters that outer steps leave as they are.
+
+    Raises ConfigError: a pattern that matches nothing, or nothing is left to learn.
+    """
+    every = list(names)
+    key = "training.freeze"
+    learned = not_frozen(every, [*experiment.training.freeze, *parts.model.constant_names], key=key)
+    return set(every) - set(learned)
 
 
 def task_chunk(experiment: Experiment, parts: Components, device: torch.device) -> int | None:
@@ -247,5 +288,6 @@ def check_fits(experiment: Experiment, *, under_ray: bool | None = None) -> str:
     """
     check_device(experiment, under_ray=under_ray)
     digest = experiment.task.verify()
-    build(experiment, device=torch.device("cpu"))
+    parts = build(experiment, device=torch.device("cpu"))
+    frozen_names(experiment, parts, parts.algorithm.init(experiment.seed).params)
     return digest

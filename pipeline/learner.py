@@ -28,6 +28,7 @@ from pipeline.datasets.image_folder import class_folders
 from pipeline.datasets.preprocessing import Preprocessing, open_picture, pictures_in
 from pipeline.errors import DataError
 from pipeline.experiment import AlgorithmSection, Experiment, ModelSection
+from pipeline.runs import joined_state, split_state
 from pipeline.tasks.objectives import OBJECTIVES
 from pipeline.types import MetaState, Normalization
 
@@ -59,10 +60,7 @@ def write_model(folder: Path, card: ModelCard, state: MetaState) -> None:
     """Write a model's folder: the card and the meta-parameters."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / MODEL_FILE).write_text(json.dumps(card.model_dump(mode="json"), indent=1) + "\n", encoding="utf-8")
-    tensors = {f"params/{k}": v for k, v in state.params.items()} | {
-        f"buffers/{k}": v for k, v in state.buffers.items()
-    }
-    save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, folder / STATE_FILE)
+    save_file(joined_state(state), folder / STATE_FILE)
 
 
 def card_of(
@@ -123,11 +121,7 @@ class Learner:
         except Exception as error:
             raise DataError(f"{folder}: not a whole model of this package ({error}).") from error
         card = config.validate(ModelCard, content, source=str(folder / MODEL_FILE))
-        parts: dict[str, dict[str, Tensor]] = {"params": {}, "buffers": {}}
-        for key, value in tensors.items():
-            part, _, name = key.partition("/")
-            parts[part][name] = value
-        return cls(card, MetaState(parts["params"], parts["buffers"]))
+        return cls(card, split_state(tensors))
 
     def adapt(
         self,

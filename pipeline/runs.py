@@ -2,6 +2,7 @@
 
     RUNS/NAME/001/config.yaml       the experiment, as it was validated
     RUNS/NAME/001/run.json          status, data digest, MLflow run, registered version
+    RUNS/NAME/001/initial.safetensors   the weights it started from, where they are not random
     RUNS/NAME/001/checkpoints/      see training/checkpoint.py
     RUNS/NAME/001/metrics.jsonl     one line per outer step and per validation, written by rank 0
     RUNS/NAME/001/stop              asks the workers to write a checkpoint and end
@@ -14,26 +15,31 @@ on when the same command is run again; a finished one leads to a new number.
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 import secrets
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import safetensors.torch
 import yaml
+from torch import Tensor
 
 from pipeline import config, experiment, storage
 from pipeline.errors import ConfigError, DataError, RunTaken
 from pipeline.experiment import Experiment
 from pipeline.storage import Location, ObjectPath
 from pipeline.training.checkpoint import CheckpointStore
+from pipeline.types import MetaState
 
 RUN_FILE, CONFIG_FILE, JOURNAL_FILE, STOP_FILE = "run.json", "config.yaml", "metrics.jsonl", "stop"
+INITIAL_FILE = "initial.safetensors"
 PLACE_FILE = "place"  # on a Ray cluster: see `launch.free_place`
 CLAIM_FILE = ".claim.json"
 CLAIM_SECONDS = 5.0  # between the signs of life of a claim in an object store
@@ -42,6 +48,29 @@ CLAIM_LOST_SECONDS = 20.0  # without one, its process is taken for dead
 # What a run may go on with otherwise than it was started: where its workers run. Episodes do not depend on it, so the
 # result differs by no more than the order of summation does.
 ELASTIC_KEYS = ("backend", "num_workers", "cpus_per_worker", "use_gpu", "max_failures", "resize_seconds")
+
+
+class Initial(NamedTuple):
+    """Weights that a run starts from."""
+
+    source: str  # for the user
+    state: MetaState
+
+
+def joined_state(state: MetaState) -> dict[str, Tensor]:
+    """Parameters and buffers under one set of names, as they are kept in a file."""
+    tensors = {f"params/{k}": v for k, v in state.params.items()}
+    tensors |= {f"buffers/{k}": v for k, v in state.buffers.items()}
+    return {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+
+
+def split_state(tensors: Mapping[str, Tensor]) -> MetaState:
+    """What `joined_state` put together."""
+    parts: dict[str, dict[str, Tensor]] = {"params": {}, "buffers": {}}
+    for key, value in tensors.items():
+        part, _, name = key.partition("/")
+        parts[part][name] = value
+    return MetaState(parts["params"], parts["buffers"])
 
 
 class RunFolder:
@@ -81,13 +110,31 @@ class RunFolder:
         """Whether it has been set up completely."""
         return (self.path / RUN_FILE).exists()
 
-    def describe(self, exp: Experiment, *, data_digest: str, **values: Any) -> None:
-        """Write its configuration and, where there is none yet, run.json."""
+    def describe(self, exp: Experiment, *, data_digest: str, initial: Initial | None = None, **values: Any) -> None:
+        """Write its configuration, the weights it starts from and, where there is none yet, run.json."""
         storage.make_folder(self.path)  # there already if a start was killed before run.json was written
         text = yaml.safe_dump(exp.to_dict(), sort_keys=False, allow_unicode=True)
         storage.write(self.path / CONFIG_FILE, text)
         started = {} if self.exists else {"status": "running", "name": exp.name, "data_digest": data_digest}
+        if initial is not None:
+            content = safetensors.torch.save(joined_state(initial.state))
+            storage.write(self.path / INITIAL_FILE, content)
+            values["initial"] = {"from": initial.source, "sha256": hashlib.sha256(content).hexdigest()}
         self.update(**started, **values)
+
+    def initial(self) -> MetaState | None:
+        """The weights it starts from; None: random ones. Raises DataError: they are missing or damaged."""
+        told = self.read().get("initial")
+        if told is None:
+            return None
+        path = self.path / INITIAL_FILE
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise DataError(f"{path}: cannot be read ({error}). Start anew with --fresh.") from error
+        if hashlib.sha256(content).hexdigest() != told["sha256"]:
+            raise DataError(f"{path}: damaged (its sha256 differs from run.json's). Start anew with --fresh.")
+        return split_state(safetensors.torch.load(content))
 
     @property
     def finished(self) -> bool:
@@ -211,10 +258,17 @@ def runs_of(exp: Experiment) -> Location:
     return storage.location(exp.tracking.runs).absolute() / exp.name
 
 
-def open_run(exp: Experiment, *, data_digest: str, fresh: bool = False) -> tuple[RunFolder, bool]:
+def open_run(
+    exp: Experiment,
+    *,
+    data_digest: str,
+    fresh: bool = False,
+    initial: Callable[[], Initial | None] = lambda: None,
+) -> tuple[RunFolder, bool]:
     """The folder to train in, and whether it is an unfinished run to go on with.
 
-    fresh: leave an unfinished run as it is and start a new one.
+    fresh: leave an unfinished run as it is and start a new one. initial: gives the weights that a new run starts from;
+    where it raises, there is no new run.
 
     Raises ConfigError: the last run under this name is unfinished and had another configuration or data set; the
     message lists the keys that differ.
@@ -230,7 +284,7 @@ def open_run(exp: Experiment, *, data_digest: str, fresh: bool = False) -> tuple
             )
         return last, True
     run = RunFolder(parent / f"{last.number + 1 if last else 1:03d}")
-    run.describe(exp, data_digest=data_digest)
+    run.describe(exp, data_digest=data_digest, initial=initial())
     return run, False
 
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pipeline import experiment as experiments
-from pipeline import launch, storage
+from pipeline import initial, launch, storage
 from pipeline.credentials import redacted
 from pipeline.errors import Interrupted, StopRequested, UserError
 from pipeline.experiment import Components, Experiment
@@ -311,7 +311,8 @@ def _trial(config: dict[str, Any]) -> None:
     exp = sweep.experiment(params)
     storage.make_folder(run.path)
     _follow_another(run)
-    run.describe(exp, data_digest=config["data_digest"], params=params)
+    starts_from = None if run.exists else initial.resolve(exp)
+    run.describe(exp, data_digest=config["data_digest"], initial=starts_from, params=params)
     facts = run.read()
     perturbed = isinstance(sweep.settings.scheduler, PBT)
     told = 0

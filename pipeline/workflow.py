@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from pipeline import class_report, launch, movement, pictures, promotion, results, runs, storage
+from pipeline import class_report, initial, launch, movement, pictures, promotion, results, runs, storage
 from pipeline import experiment as experiments
 from pipeline.baselines import nearest_neighbour
 from pipeline.credentials import without_credentials
@@ -79,8 +79,10 @@ def train(
     data_digest = experiments.check_fits(exp)
     tracker = Tracker()
     with runs.claimed(runs.runs_of(exp)):
-        run, resumed = runs.open_run(exp, data_digest=data_digest, fresh=fresh)
+        run, resumed = runs.open_run(exp, data_digest=data_digest, fresh=fresh, initial=lambda: initial.resolve(exp))
         say(f"{'going on with' if resumed else 'run'} {run.path}")
+        if not resumed and "initial" in run.read():
+            say(f"starting from {run.read()['initial']['from']}")
         log = _open_log(exp, run, tracker)
         try:
             with log.system_metrics(), _following(run, log, observe, say):

@@ -52,14 +52,17 @@ class InnerLoopConfig(InnerStepsConfig):
     inner_lr: float = Field(gt=0)  # α, step size of the support-loss gradient
 
 
-def not_frozen(names: list[str], freeze: list[str]) -> list[str]:
-    """The names that no pattern freezes. Raises ConfigError: a pattern that matches nothing, or all are frozen."""
+def not_frozen(names: list[str], freeze: list[str], *, key: str = "algorithm.freeze") -> list[str]:
+    """The names that no pattern freezes. key: of the configuration, that the patterns come from.
+
+    Raises ConfigError: a pattern that matches nothing, or all are frozen.
+    """
     for pattern in freeze:
         if not any(fnmatchcase(name, pattern) for name in names):
-            raise ConfigError(f"algorithm.freeze: {pattern!r} matches no parameter. There are: {', '.join(names)}.")
+            raise ConfigError(f"{key}: {pattern!r} matches no parameter. There are: {', '.join(names)}.")
     adapted = [name for name in names if not any(fnmatchcase(name, pattern) for pattern in freeze)]
     if not adapted:
-        raise ConfigError("algorithm.freeze: nothing is left to adapt. Leave out a pattern.")
+        raise ConfigError(f"{key}: nothing is left to learn. Leave out a pattern.")
     return adapted
 
 

@@ -26,7 +26,7 @@ from pipeline.errors import DataError
 from pipeline.storage import Location
 from pipeline.training.outer import Plateau, load_optimizer
 from pipeline.training.plan import Plan
-from pipeline.types import MetaState, Statistics
+from pipeline.types import MetaState, Params, Statistics
 
 STATE_FILE, META_FILE = "state.pt", "meta.json"
 STEP_NAME = re.compile(r"step-[0-9]{8}")  # exactly: a user's step-00000100.bak is none of ours
@@ -58,6 +58,12 @@ class TrainState:
     skipped_in_a_row: int = 0
     classes: Statistics | None = None  # what the family weights meta-training's classes by; None: they are uniform
     plan: Plan | None = None  # None before the first step, and in checkpoints of older versions
+    frozen: frozenset[str] = frozenset()  # meta-parameters that the outer optimizer does not have
+
+    @property
+    def learned(self) -> Params:
+        """The meta-parameters that outer steps change."""
+        return {name: value for name, value in self.meta.params.items() if name not in self.frozen}
 
 
 class CheckpointStore:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from pipeline import experiment as experiments
-from pipeline.errors import StopRequested, TrainingStopped
+from pipeline.errors import DataError, StopRequested, TrainingStopped
 from pipeline.experiment import Components, Experiment
 from pipeline.runs import RunFolder
 from pipeline.training import hardware, outer
@@ -53,7 +53,7 @@ def train(context: Context, experiment: Experiment, run: RunFolder) -> None:
     parts = experiments.build(experiment, device=context.device)
     if experiment.training.compile:
         parts = parts._replace(algorithm=Compiled(parts.algorithm))
-    state = _initial_state(experiment, parts, context.device)
+    state = _initial_state(experiment, parts, run, context.device)
     latest = run.checkpoints.latest()
     if latest is not None:
         run.checkpoints.restore(state, latest, context.device)
@@ -65,6 +65,11 @@ def train(context: Context, experiment: Experiment, run: RunFolder) -> None:
     queued: deque[_QueuedStep] = deque()
     clock = _Clock()
     with _written(run, state), _journal(context, run, state) as journal:
+        if total == 0 and latest is None:
+            metrics = _validate(context, experiment, parts, state, run)
+            if journal:
+                run.checkpoints.save(state, data_digest=run.read()["data_digest"])
+            context.report({"step": 0, **metrics})
         for batch in _training_batches(context, experiment, parts, state):
             queued.append(_queue_outer_step(context, experiment, parts, state, batch, clock, late=steps_late > 0))
             validating = state.step % experiment.training.validate_every == 0 or state.step == total
@@ -127,12 +132,23 @@ def _journal(context: Context, run: RunFolder, state: TrainState) -> Iterator[Jo
         yield journal
 
 
-def _initial_state(experiment: Experiment, parts: Components, device: torch.device) -> TrainState:
-    meta = parts.algorithm.init(experiment.seed)  # the same on every rank: no broadcast needed
-    params = {name: value.to(device).requires_grad_() for name, value in meta.params.items()}
-    optimizer = outer.make_optimizer(experiment.training.outer, params)
+def _initial_state(experiment: Experiment, parts: Components, run: RunFolder, device: torch.device) -> TrainState:
+    """The same on every rank, without a broadcast. Raises DataError: the weights to start from are not in the run."""
+    meta, given = parts.algorithm.init(experiment.seed), run.initial()
+    if given is None and experiments.initial_weights(experiment) is not None:
+        raise DataError(f"{run.path}: has no weights to start from; it was not made by this package. Start anew.")
+    params, buffers = meta
+    if given is not None:
+        params, buffers = params | given.params, buffers | given.buffers
+    frozen = experiments.frozen_names(experiment, parts, params)
+    params = {name: value.to(device).requires_grad_() for name, value in params.items()}
+    buffers = {name: value.to(device) for name, value in buffers.items()}
+    learned = {name: value for name, value in params.items() if name not in frozen}
+    optimizer = outer.make_optimizer(experiment.training.outer, learned)
     classes = parts.family.weighting.start() if parts.family.weighting else None
-    return TrainState(step=0, meta=MetaState(params, meta.buffers), optimizer=optimizer, classes=classes)
+    return TrainState(
+        step=0, meta=MetaState(params, buffers), optimizer=optimizer, classes=classes, frozen=frozenset(frozen)
+    )
 
 
 def _plan(context: Context, experiment: Experiment, parts: Components, state: TrainState, run: RunFolder) -> Plan:
@@ -255,14 +271,15 @@ def _queue_outer_step(
     lr = outer.outer_lr(config.outer, state.step, config.steps, state.plateau)
     params, buffers = state.meta
     norm = torch.zeros_like(gradient.told[0])
+    grads = {name: gradient.grads[name] for name in state.learned}
     # the first statistics make the buffers, and whether there are any is the host's to know
     if late and gradient.statistics.keys() <= buffers.keys():
         finite = gradient.finite
-        norm = outer.update_where(finite, config.outer, state.optimizer, params, gradient.grads, lr=lr)
+        norm = outer.update_where(finite, config.outer, state.optimizer, state.learned, grads, lr=lr)
         new = parts.algorithm.update_buffers(buffers, gradient.statistics)
         buffers = buffers | {name: torch.where(finite, value, buffers[name]) for name, value in new.items()}
     elif gradient.finite:
-        norm = outer.update(config.outer, state.optimizer, params, gradient.grads, lr=lr)
+        norm = outer.update(config.outer, state.optimizer, state.learned, grads, lr=lr)
         buffers = parts.algorithm.update_buffers(buffers, gradient.statistics)
     state.meta = MetaState(params, buffers)
     if parts.family.weighting and state.classes:

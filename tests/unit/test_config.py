@@ -184,7 +184,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         ("evaluation.qqqq=1", ["evaluation.qqqq", "known here", "test_episodes"]),
         ("training.steps=many", ["training.steps", "integer", "'many'"]),
         ("training.steps=2.5", ["training.steps", "integer", "2.5"]),
-        ("training.steps=0", ["training.steps", "greater than or equal to 1", "0"]),
+        ("training.steps=-1", ["training.steps", "greater than or equal to 0", "-1"]),
         ("training.outer.outer_lr=-0.1", ["training.outer.outer_lr", "greater than 0", "-0.1"]),
         ("training.outer.outer_lr=nan", ["training.outer.outer_lr", "finite", "nan"]),
         ("training.use_gpu=maybe", ["training.use_gpu", "'maybe'"]),
@@ -230,7 +230,7 @@ def test_missing_section_is_named_even_if_a_value_has_its_name(file: Path) -> No
 
 
 def test_every_problem_is_told_at_once(file: Path) -> None:
-    message = refusal(file, "training.steps=0", "seed=x", "algorithm.inner_lr=0")
+    message = refusal(file, "training.steps=-1", "seed=x", "algorithm.inner_lr=0")
     assert all(key in message for key in ("training.steps", "seed", "algorithm.inner_lr"))
 
 

@@ -108,7 +108,7 @@ def test_a_checkpoint_without_a_plan_gets_one(tiny_data: Path, tmp_path: Path) -
     assert state.pop("plan") is not None
     from pipeline.training.loop import _initial_state
 
-    restored = _initial_state(exp, experiments.build(exp, device=CPU), CPU)
+    restored = _initial_state(exp, experiments.build(exp, device=CPU), run, CPU)
     run.checkpoints.load = lambda *_: state  # type: ignore[method-assign]
     run.checkpoints.restore(restored, 4, CPU)
     assert restored.plan is None
