@@ -75,13 +75,14 @@ def measure(
             inductive=False,
             num_classes=batch.num_classes,
         )
-        start = by_layer(_in_order(next(path).params, state.params))
-        steps = [{layer: torch.zeros_like(value) for layer, value in start.items()}]
-        steps += [{k: by_layer(adapted.params)[k] - value for k, value in start.items()} for adapted in path]
-        distances = torch.stack([_norms(moved) for moved in steps])
-        pieces.append((distances, distances / _norms(start)))
+        start = _in_order(next(path).params, state.params)
+        lengths = _by_layer(start)
+        steps = [{layer: torch.zeros_like(value) for layer, value in lengths.items()}]
+        steps += [_by_layer({k: adapted.params[k] - v for k, v in start.items()}) for adapted in path]
+        distances = torch.stack([torch.stack(list(step.values())) for step in steps])  # [K + 1, L, T]
+        pieces.append((distances, distances / torch.stack(list(lengths.values()))))
     distances, relative = (torch.cat(part, dim=-1).cpu() for part in zip(*pieces, strict=True))
-    return Movement(list(start), distances, relative)
+    return Movement(list(lengths), distances, relative)
 
 
 def _in_order(params: Params, of: Params) -> Params:
@@ -89,17 +90,13 @@ def _in_order(params: Params, of: Params) -> Params:
     return {name: params[name] for name in of if name in params} | params
 
 
-def by_layer(params: Params) -> Params:
-    """Named parameters [T, ...] -> each module's, side by side [T, numbers], by the module's name, in float64."""
+def _by_layer(params: Params) -> Params:
+    """Named parameters [T, ...] -> the length of each module's, all of its parameters together: float64 [T]."""
     layers: dict[str, list[Tensor]] = {}
     for name, value in params.items():
-        layers.setdefault(name.rpartition(".")[0] or name, []).append(value.detach().flatten(1).double())
-    return {layer: torch.cat(values, dim=1) for layer, values in layers.items()}
-
-
-def _norms(layers: Params) -> Tensor:
-    """[L, T]."""
-    return torch.stack([value.norm(dim=1) for value in layers.values()])
+        length = torch.linalg.vector_norm(value.detach().flatten(1), dim=1, dtype=torch.float64)
+        layers.setdefault(name.rpartition(".")[0] or name, []).append(length)
+    return {layer: torch.linalg.vector_norm(torch.stack(lengths), dim=0) for layer, lengths in layers.items()}
 
 
 def _numbers(values: Tensor) -> list[float | None]:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pipeline import experiment as experiments
+from pipeline import movement
 from pipeline.errors import ConfigError
 from pipeline.experiment import Experiment
 from pipeline.learner import Learner, write_model
@@ -190,6 +194,20 @@ def test_recomputed_inner_steps_give_the_same_gradient(case: Case) -> None:
         pytest.skip("it has no inner steps to recompute")
     other = case.with_keys(recompute_inner_steps=not case.experiment.algorithm.recompute_inner_steps)
     assert_same_gradient(build(other).algorithm.meta_grad(case.state, case.batch, step=0), case.gradient, **ROUNDING)
+
+
+def test_what_it_learned_and_how_far_layers_move_can_be_told(plain_case: Case) -> None:
+    algorithm, state = plain_case.algorithm, plain_case.state
+    described = algorithm.describe(state)
+    assert all(type(value) is float and math.isfinite(value) for value in described.values())
+    assert all(re.fullmatch(r"[\w. /-]+", name) for name in described), "names that MLflow takes"
+    moved = movement.measure(algorithm, plain_case.parts.family, state, episodes=3)
+    assert (moved is None) == (algorithm.eval_steps == 0)
+    if moved is not None:
+        assert moved.distances.shape == (algorithm.eval_steps + 1, len(moved.layers), 3)
+        assert bool(moved.distances.isfinite().all())
+        assert bool((moved.distances[0] == 0).all())
+        json.dumps(moved.to_dict(), allow_nan=False)
 
 
 def test_checkpoint_round_trip(case: Case, tmp_path: Path) -> None:
