@@ -28,13 +28,17 @@ def hard_classes(report: ClassReport, file: Path) -> None:
         (groups, classes),
         (report.groups, report.names),
         (report.of_group, report.of_class),
-        (f"groups: {len(groups)} of {len(report.groups)}", f"hardest {len(classes)} of {len(report.names)} classes"),
+        (
+            f"hardest {len(groups)} of {len(report.groups)} groups",
+            f"hardest {len(classes)} of {len(report.names)} classes",
+        ),
         strict=True,
     ):
         rows = np.arange(len(numbers))
-        axis.errorbar(
-            shares.share[numbers], rows, xerr=np.nan_to_num(shares.half_width[numbers]), fmt=".", linewidth=0.8
-        )
+        share, half_width = shares.share[numbers], np.nan_to_num(shares.half_width[numbers])
+        inside = [np.minimum(half_width, share), np.minimum(half_width, 1 - share)]
+        axis.errorbar(share, rows, xerr=inside, fmt=".", linewidth=0.8)
+        axis.set_xlim(-0.02, 1.02)
         axis.set_yticks(rows, [f"{_short(names[i])} ({shares.episodes[i]})" for i in numbers], fontsize=6)
         axis.invert_yaxis()
         axis.grid(axis="x", alpha=0.3)

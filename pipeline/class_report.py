@@ -10,8 +10,9 @@ A confusion is counted against its opportunities: a query of class a in an episo
 been answered b. The rate of groups g and h is over all such pairs of a class of g and another one of h, so it does not
 depend on how many classes a group has: a group that is often confused with another resembles it.
 
-Pairs of classes meet in few episodes, so they are ranked by a rate that is drawn towards the mean of all pairs:
-(x + m·mean)/(n + m), with m the queries of one common episode. The hardest of many classes is partly hard by chance.
+Classes, and pairs of them even more so, meet in few episodes. So all are ranked by a share that is drawn towards the
+mean of all, (x + m·mean)/(n + m), with m the queries that one more episode would add. The hardest of many classes is
+partly hard by chance all the same.
 
 Shapes: E episodes · W n_way · Q queries of an episode · C classes · G groups.
 """
@@ -64,6 +65,11 @@ def clustered(unit: np.ndarray, episode: np.ndarray, hits: np.ndarray, chances: 
     return Shares(total_x, total_n, share, half_width, episodes)
 
 
+def drawn_to_mean(hits: np.ndarray, chances: np.ndarray, more: float) -> np.ndarray:
+    """Shares as if each unit had `more` chances at the mean of all: what rare ones are ranked by."""
+    return (hits + more * hits.sum() / chances.sum()) / (chances + more)
+
+
 class ClassReport(NamedTuple):
     """Of one evaluation, in one normalization mode."""
 
@@ -75,15 +81,18 @@ class ClassReport(NamedTuple):
     of_group: Shares  # [G]
     relation: Shares  # [G·G], row by row: queries of a group's class answered by another class of the column's group
     pairs: list[dict[str, Any]]  # the most confused ones first
+    queries: float  # of a class in an episode
 
     def hardest_classes(self) -> list[int]:
         """Classes that were met, hardest first."""
-        met = np.flatnonzero(self.of_class.episodes)
-        return met[np.argsort(self.of_class.share[met], kind="stable")].tolist()
+        return self._hardest(self.of_class)
 
     def hardest_groups(self) -> list[int]:
-        met = np.flatnonzero(self.of_group.episodes)
-        return met[np.argsort(self.of_group.share[met], kind="stable")].tolist()
+        return self._hardest(self.of_group)
+
+    def _hardest(self, shares: Shares) -> list[int]:
+        order = np.argsort(drawn_to_mean(shares.hits, shares.chances, self.queries), kind="stable")
+        return order[shares.episodes[order] > 0].tolist()
 
     def to_dict(self) -> dict[str, Any]:
         def row(shares: Shares, i: int) -> dict[str, Any]:
@@ -141,6 +150,7 @@ def report(evaluation: Evaluation, family: ImageTasks, mode: Normalization) -> C
         of_group=shares(group_of, len(groups)),
         relation=clustered(group_of[a] * len(groups) + group_of[b], e, confused, chances, len(groups) ** 2),
         pairs=_pairs(a, b, confused, chances, [entry.name for entry in entries]),
+        queries=float(asked.mean()),
     )
 
 
@@ -149,8 +159,7 @@ def _pairs(a: np.ndarray, b: np.ndarray, confused: np.ndarray, chances: np.ndarr
     pair, inverse = np.unique(np.minimum(a, b) * len(names) + np.maximum(a, b), return_inverse=True)
     x, n = np.bincount(inverse, confused), np.bincount(inverse, chances)
     first_taken = np.bincount(inverse, np.where(a < b, confused, 0))
-    one_episode = 2 * chances.mean()
-    ranked = (x + one_episode * x.sum() / n.sum()) / (n + one_episode)
+    ranked = drawn_to_mean(x, n, 2 * chances.mean())
     order = [i for i in np.argsort(-ranked, kind="stable").tolist()[:PAIRS_LISTED] if x[i]]
     return [
         {
@@ -158,7 +167,7 @@ def _pairs(a: np.ndarray, b: np.ndarray, confused: np.ndarray, chances: np.ndarr
             "confused": [int(first_taken[i]), int(x[i] - first_taken[i])],  # the first taken for the second; vice versa
             "queries": int(n[i]),
             "rate": float(x[i] / n[i]),
-            "shrunken_rate": float(ranked[i]),
+            "ranked_by": float(ranked[i]),
         }
         for i in order
     ]

@@ -48,6 +48,7 @@ class GlobalGradient(NamedTuple):
     grads: Params
     metrics: dict[str, Tensor]
     statistics: Params
+    classes: Params
     finite: bool
     told: Told
     all_reduce_seconds: float  # of this rank, waiting for the slowest included
@@ -132,6 +133,7 @@ def global_gradient(
         queued.grads,
         queued.metrics,
         queued.statistics,
+        queued.classes,
         finite=bool(queued.finite),
         told=told,
         all_reduce_seconds=seconds_between(queued.computed, queued.reduced),

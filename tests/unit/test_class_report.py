@@ -15,10 +15,11 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline import class_report
+from pipeline import class_report, workflow
 from pipeline import experiment as experiments
 from pipeline.errors import ConfigError
 from pipeline.experiment import Components
+from pipeline.learner import Learner, card_of
 from pipeline.training.evaluate import MODES, Evaluation, evaluate
 from tests.faults import experiment
 
@@ -98,8 +99,10 @@ def test_numbers_agree_with_loops_over_queries(parts: Components, evaluation: Ev
         assert row["accuracy"] == pytest.approx(statistics.mean(shares))
     for row in told["groups"]:
         check(f"of {row['name']}", row)
-    accuracies = [row["accuracy"] for row in told["classes"]]
-    assert accuracies == sorted(accuracies)
+    for rows in (told["classes"], told["groups"]):
+        mean = sum(row["accuracy"] * row["queries"] for row in rows) / sum(row["queries"] for row in rows)
+        drawn = [(row["accuracy"] * row["queries"] + 2 * mean) / (row["queries"] + 2) for row in rows]  # n_query
+        assert drawn == sorted(drawn)
 
     group = {entry.name: entry.group for entry in entries}
     names = told["group_confusion"]["groups"]
@@ -116,7 +119,10 @@ def test_numbers_agree_with_loops_over_queries(parts: Components, evaluation: Ev
         assert pair["queries"] == chances[a, b] + chances[b, a]
         assert pair["rate"] == pytest.approx((taken[a, b] + taken[b, a]) / pair["queries"])
     assert len(told["pairs"]) == sum(taken[a, b] + taken[b, a] > 0 for a, b in chances if a < b)
-    ranked = [pair["shrunken_rate"] for pair in told["pairs"]]
+    mean = sum(taken.values()) / sum(chances.values())
+    for pair in told["pairs"]:
+        assert pair["ranked_by"] == pytest.approx((sum(pair["confused"]) + 4 * mean) / (pair["queries"] + 4))
+    ranked = [pair["ranked_by"] for pair in told["pairs"]]
     assert ranked == sorted(ranked, reverse=True)
 
 
@@ -185,3 +191,26 @@ def test_all_right_and_tasks_without_classes(parts: Components, evaluation: Eval
         class_report.check(built.family)
     told = evaluate(built.algorithm, built.family, built.algorithm.init(0), keep_predictions=True, **FIXED)
     assert told.predictions is None
+
+
+def test_the_report_of_a_model(parts: Components, tmp_path: Path, tiny_data_set: Callable[..., Path]) -> None:
+    """`metapipe evaluate --report`: the same numbers with and without."""
+    exp = experiment(tmp_path, tiny_data_set(classes=30))
+    card = card_of(
+        exp,
+        objective="classification",
+        input_shape=parts.family.input_shape,
+        num_outputs=5,
+        preprocessing=None,
+        data_digest="x",
+        checkpoint={},
+    )
+    learner = Learner(card, parts.algorithm.init(0))
+    plain = workflow.evaluate_model(learner, episodes=6)
+    told = workflow.evaluate_model(learner, episodes=6, report=tmp_path / "report")
+    assert torch.equal(told.evaluation.scores, plain.evaluation.scores)
+    content = json.loads((tmp_path / "report" / "classes.json").read_text())
+    assert content["episodes"] == 6
+    queries = [row["queries"] for row in content["inductive"]["classes"]]
+    right = sum(row["accuracy"] * row["queries"] for row in content["inductive"]["classes"])
+    assert right / sum(queries) == pytest.approx(told.evaluation.score("inductive").mean)
