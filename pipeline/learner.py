@@ -132,9 +132,10 @@ class Learner:
     ) -> AdaptedLearner:
         """Adapt to a support set: x [S, *input_shape] (images in 0…1) and y [S] labels of any kind, or [S, D] targets.
 
-        adaptation_steps: by default as in evaluation. Fewer classes than in training leave the other outputs unused.
+        adaptation_steps: by default as in evaluation. Fewer classes than in training leave the other outputs unused;
+        more are for algorithms whose head is made for the episode (`any_way`). Classes may differ in examples.
 
-        Raises DataError: wrong shapes or values, one class only, or more classes than the model has outputs.
+        Raises DataError: wrong shapes or values, one class only, or more classes than the head has outputs.
         """
         x = self.inputs(support_x, "support_x")
         steps = self.algorithm.eval_steps if adaptation_steps is None else adaptation_steps

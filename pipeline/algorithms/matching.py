@@ -4,8 +4,7 @@ Vinyals, Blundell, Lillicrap, Kavukcuoglu, Wierstra 2016, "Matching Networks for
 Σ_i a(x, x_i) y_i (eq. 1), with the attention a(x, x_i) a softmax over the support set of the cosine similarity of
 features (section 2.1.1). Outputs are the logarithms of the class sums, up to a constant.
 
-What is left out: full-context embeddings (section 2.1.2), an LSTM over the support set that makes features depend on
-it. The paper found that they changed nothing on Omniglot.
+What is left out: full-context embeddings (section 2.1.2), LSTMs that make features depend on the whole support set.
 
 The paper's softmax is over cosines as they are (scale: 1), which leaves even a perfect match uncertain; here they are
 multiplied by 10 unless the configuration says otherwise.

@@ -5,8 +5,8 @@ features of class w's support examples. Classification (eq. 2): p(w | x) ∝ exp
 distance. Expanded (eq. 8), −‖f − c‖² = 2 c·f − ‖c‖² − ‖f‖², of which the last is the same for every class: a linear
 layer of weight 2c and bias −‖c‖², which is what is computed here. distance: cosine compares directions instead.
 
-Training with more classes in an episode than test has (task.n_way: 60, task.eval_n_way: 5) is what the paper found
-best; the shots should be the same (section 3.2).
+Training with more classes in an episode than test has (task.n_way: 60, task.eval_n_way: 5) is what the paper does on
+Omniglot: a harder task for the features. The shots are the same in both.
 
 Disadvantages: nothing in the network changes for a task, so more support examples only make the means less noisy; a
 class of several looks has its mean between them; memory grows with the classes of an episode, as all their images go
