@@ -53,8 +53,8 @@ def fitted(given: MetaState, exp: Experiment, parts: Components, *, source: str)
     """Of the given tensors those that a run of `exp` takes, in its dtype.
 
     Parameters of the network must be there in the same shape, its head's may be missing or of another shape: then the
-    head stays fresh. What algorithms learn besides ("ALGORITHM/…") is taken where it fits. Running averages are taken
-    by algorithms that keep them.
+    head stays fresh. It is left out where the algorithm has none to learn. What algorithms learn besides
+    ("ALGORITHM/…") is taken where it fits. Running averages are taken by algorithms that keep them.
 
     Raises ConfigError: the network's parameters and the given ones are not the same.
     """
@@ -76,7 +76,9 @@ def fitted(given: MetaState, exp: Experiment, parts: Components, *, source: str)
     if shapes:
         problems.append(f"other shapes: {_some(shapes)}")
     unknown = [
-        name for name in given.params if "/" not in name and name not in fresh and not name.endswith(NOT_PARAMETERS)
+        name
+        for name in given.params
+        if "/" not in name and name not in fresh.keys() | head and not name.endswith(NOT_PARAMETERS)
     ]
     if unknown:
         problems.append(f"the network has no {_some(unknown)}")

@@ -33,6 +33,7 @@ from pipeline.algorithms.episodic import (
     QueryLoss,
     Support,
     needs_features,
+    one_hot,
     only_classification,
     per_task,
 )
@@ -98,7 +99,7 @@ class MetricBased(Episodic):
     def describe(self, state: MetaState) -> dict[str, float]:
         if not self.config.learn_scale:
             return {}
-        return {f"{self._name}/scale": float(state.params[self._log_scale].exp())}
+        return {f"{self._name}/scale": float(state.params[self._log_scale].detach().exp())}
 
     def adaptation_path(
         self,
@@ -206,12 +207,7 @@ class MetricBased(Episodic):
 
     def _members(self, support_y: Tensor, num_classes: int | None) -> Tensor:
         """Labels [T, S] -> bool [T, S, W]: whether example s is of class w."""
-        return memberships(support_y, self._num_outputs if num_classes is None else num_classes)
-
-
-def memberships(labels: Tensor, num_classes: int) -> Tensor:
-    """Labels [T, S] -> bool [T, S, W]: whether example s is of class w. Without looking at a value on the host."""
-    return labels.unsqueeze(-1) == torch.arange(num_classes, device=labels.device)
+        return one_hot(support_y, self._num_outputs if num_classes is None else num_classes, torch.bool)
 
 
 def class_means(features: Tensor, members: Tensor) -> Tensor:

@@ -17,10 +17,10 @@ from typing import Literal
 
 from torch import Tensor
 
-from pipeline.algorithms.episodic import Support, needs_features, only_classification, per_task
+from pipeline.algorithms.episodic import Support, needs_features, one_hot, only_classification, per_task
 from pipeline.algorithms.gradient_based import FEATURES, GradientBased
 from pipeline.algorithms.inner_optimizer import InnerLoopConfig
-from pipeline.algorithms.metric_based import class_means, memberships, network, without_head
+from pipeline.algorithms.metric_based import class_means, network, without_head
 from pipeline.algorithms.protonet import nearest_prototype
 from pipeline.keys import fold
 from pipeline.types import MetaState, Objective, Params, TaskModel
@@ -55,7 +55,7 @@ class ProtoMAML(GradientBased):
         # by tensors of its own: the inner gradient of the body takes the head as given, not as a function of the body
         features = self.model.features(network(per_task(meta_params, support.tasks)), support.x, keys=keys)[0]
         classes = self._num_outputs if support.num_classes is None else support.num_classes
-        prototypes = class_means(features, memberships(support.y, classes))
+        prototypes = class_means(features, one_hot(support.y, classes, features.dtype))
         if not self.config.through_initialization:
             prototypes = prototypes.detach().requires_grad_()  # inner steps have a gradient of them all the same
         params = per_task(meta_params, support.tasks)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline import experiment as experiments
+from pipeline import initial
 from pipeline.algorithms.protonet import ProtoNet, ProtoNetConfig
 from pipeline.errors import ConfigError, DataError
 from pipeline.learner import Learner, card_of, write_model
@@ -222,6 +223,17 @@ def test_a_learner_of_more_classes_with_unbalanced_support(tiny_data: Path, tmp_
     np.testing.assert_array_equal(learner.adapt(support, labels, adaptation_steps=4).predict(patterns), answers)
     with pytest.raises(DataError, match="one class only"):
         learner.adapt(support, ["a"] * len(support))
+
+
+def test_it_starts_from_weights_with_a_head(tiny_data: Path) -> None:
+    """Of supervised pretraining, say, whatever its number of classes; a head that nobody uses is left out."""
+    experiment = experiments.from_dict(content(tiny_data, n_way=3), source="test")
+    parts = experiments.build(experiment, device=torch.device("cpu"))
+    given = {k: v + 1 for k, v in parts.algorithm.init(0).params.items()}
+    head = {"head.weight": torch.zeros(64, 16), "head.bias": torch.zeros(64)}
+    params = initial.fitted(MetaState(given | head, {}), experiment, parts, source="test").params
+    assert params.keys() == given.keys()
+    assert all(torch.equal(params[name], given[name]) for name in given)
 
 
 def no_head() -> nn.Module:
