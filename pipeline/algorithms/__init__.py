@@ -1,6 +1,7 @@
 """The registry of algorithms: one line each. An algorithm's section builds it."""
 
 from pipeline.algorithms.anil import ANILConfig, BOILConfig
+from pipeline.algorithms.imaml import IMAMLConfig
 from pipeline.algorithms.lstm_meta_learner import LSTMMetaLearnerConfig
 from pipeline.algorithms.maml import MAMLConfig
 from pipeline.algorithms.maml_plus_plus import MAMLPlusPlusConfig
@@ -18,6 +19,7 @@ ALGORITHMS = (
     ANILConfig,
     BOILConfig,
     ReptileConfig,
+    IMAMLConfig,
     MetaSGDConfig,
     MAMLPlusPlusConfig,
     MetaCurvatureConfig,

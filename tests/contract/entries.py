@@ -82,6 +82,20 @@ ENTRIES: dict[str, Entry] = {
             {"adaptation_steps": 4, "inner_optimizer": "adam", "inner_lr": 0.01, "inner_batch_size": 8},
         ),
     ),
+    "imaml": Entry(
+        required={"inner_lr": 0.03},
+        variants=(
+            {"adaptation_steps": 3, "regularization": 1.0, "cg_steps": 2},
+            {
+                "adaptation_steps": 3,
+                "inner_momentum": 0.5,
+                "learn_regularization": True,
+                "eval_regularization": 0,
+                "cg_damping": 0.5,
+                "freeze": ["layer1.*"],
+            },
+        ),
+    ),
     "meta_sgd": Entry(variants=({}, {"adaptation_steps": 2, "inner_momentum": 0.9})),
     "maml_plus_plus": Entry(
         required={"inner_lr": 0.1},
