@@ -158,11 +158,15 @@ def reached(run: RunFolder, step: int) -> bool:
 
 def worker_processes(driver: int | None = None) -> list[int]:
     """The training processes of the multi-process context that `driver` (or this process) has started, by rank."""
-    return [process.pid for process in psutil.Process(driver).children() if _is_worker(process)]
+    children = psutil.Process(driver).children()
+    forked = [
+        child for server in children if _runs(server, "multiprocessing.forkserver") for child in server.children()
+    ]
+    return [process.pid for process in [*forked, *children] if process in forked or _runs(process, "spawn_main")]
 
 
-def _is_worker(process: psutil.Process) -> bool:
+def _runs(process: psutil.Process, words: str) -> bool:
     try:
-        return any("spawn_main" in argument for argument in process.cmdline())
+        return any(words in argument for argument in process.cmdline())
     except psutil.Error:  # gone meanwhile
         return False

@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -282,11 +283,11 @@ def test_killed_and_run_again_goes_on_in_the_same_mlflow_run(home: Path, image_d
     assert mlflow.MlflowClient().get_run(run_id).info.status == "FINISHED"
 
 
-@pytest.mark.parametrize("backend", ["local", "processes"])
+@pytest.mark.parametrize(("backend", "number"), [("local", signal.SIGTERM), ("processes", signal.SIGINT)])
 def test_an_interrupt_ends_everything_and_says_how_to_go_on(
-    backend: str, home: Path, image_data: Path, tmp_path: Path
+    backend: str, number: int, home: Path, image_data: Path, tmp_path: Path
 ) -> None:
-    """SIGINT to the whole process group, as Ctrl-C sends it."""
+    """A signal to the whole process group, as Ctrl-C sends it."""
     import yaml
 
     workers = 1 if backend == "local" else 2
@@ -303,11 +304,13 @@ def test_an_interrupt_ends_everything_and_says_how_to_go_on(
         assert training.poll() is None
         assert time.monotonic() < deadline
         time.sleep(0.05)
-    os.killpg(training.pid, 2)
+    os.killpg(training.pid, number)
     _, errors = training.communicate(timeout=60)
-    assert training.returncode == 130, errors
+    assert training.returncode == 128 + number, errors
     assert "goes on from its last checkpoint" in " ".join(errors.split())
     assert "Traceback" not in errors
+    steps = [record["step"] for record in journal.read(run.journal)]
+    assert steps == list(range(1, (run.checkpoints.latest() or 0) + 1)), "nothing that was trained is lost"
     assert mlflow.MlflowClient().get_run(run.read()["mlflow_run_id"]).info.status == "KILLED"
 
 
