@@ -317,7 +317,7 @@ def run(
 
     minutes: for all of them. A cell that would take longer than what is left of them is not started; a shorter one
     after it may be. fresh: start each anew, finished or not. watch: shows one cell's training. after_each: is called
-    when something has changed.
+    when a cell has ended, also by an interrupt.
 
     Raises UserError: bad input, before any cell starts; StopRequested: a run was asked to stop.
     """
@@ -341,7 +341,6 @@ def run(
             say(f"{title}: left out, it takes about {needed:.0f} minutes and {max(left, 0):.0f} are left")
         else:
             say(f"{title}: {before.status}" + (f" ({before.note})" if before.note else ""))
-            after_each()
             try:
                 error = _run_cell(cell, watch, fresh=fresh, say=say)
             finally:
