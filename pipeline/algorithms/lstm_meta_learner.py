@@ -23,8 +23,8 @@ It starts as gradient descent: the weights are near zero, σ(b_I) = `inner_lr` a
 b_I from −5…−4, that is a rate about 0.01, and b_F from 4…6.) All of a support set is a step's batch; the paper draws
 smaller ones where there are 5 shots.
 
-Disadvantages: a step keeps `hidden_units`·4 numbers and more for every coordinate and task, so `recompute_inner_steps`
-is worth its time from a few ten thousand parameters on; what is learned is bound to the number of steps it was trained
+Disadvantages: a step keeps `hidden_units`·4 numbers and more for every coordinate and task, which
+`recompute_inner_steps` does not keep from step to step; what is learned is bound to the number of steps it was trained
 with; without second derivatives the initialization does not know what the rule will do to it.
 
 Shapes: T tasks · H hidden units · P coordinates, of all adapted parameters: last, so that each gate's lie together.
