@@ -25,8 +25,8 @@ normalized by their own statistics, and queries by the same ones (`normalization
 encoder without it (`mlp`, as good as the paper's, which has none) has no such channel.
 
 Disadvantages: it takes tens of thousands of episodes before it does better than guessing (the paper trains on 100,000);
-its answers depend on the order of the support set; it must have seen sequences as long as those it is asked about. Steps
-follow each other, so a GPU waits for kernels to launch.
+its answers depend on the order of the support set; it must have seen sequences as long as those it is asked about. A
+GPU waits for kernels to launch, as steps follow each other.
 
 Shapes: T tasks · L examples of a sequence · B sequences side by side · U units of the LSTM · R read heads · M rows of
 the memory · D numbers in a row · F features · W labels.
