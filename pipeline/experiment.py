@@ -59,7 +59,7 @@ class TrainingConfig(Section):
     precision: Precision = "float32"
     # mixed: the query pass of training in bfloat16, adaptation and evaluation in float32 (conv4; on CPUs its native
     # kernels, on GPUs the closed ones)
-    tf32: bool = False  # on GPUs: products in TF32, several times as fast and with 10 bits; not exact any more
+    tf32: bool = False  # on GPUs: convolutions in TF32, whose factors have 10 bits; not exact any more
     compile: bool = False
     # the meta-gradient as one compiled program (inductor): the same but for rounding. It is made at the start of a run,
     # which takes up to a minute, and kept for the next. Pays in runs of minutes where ops take longer to launch than
@@ -279,6 +279,14 @@ def check_device(experiment: Experiment, *, under_ray: bool | None = None) -> No
         raise ConfigError("training.use_gpu: true, but no CUDA device is visible here. Set it to false.")
 
 
+def _on_cpu(experiment: Experiment) -> Experiment:
+    """Where it trains on GPUs: with kernels that exist on both, so that nothing is built or said for a CPU."""
+    if not experiment.training.use_gpu:
+        return experiment
+    changes = {"kernel": "closed", "precision": "float32"}
+    return experiment.model_copy(update={"training": experiment.training.model_copy(update=changes)})
+
+
 def check_fits(experiment: Experiment, *, under_ray: bool | None = None) -> str:
     """Check everything that can be checked before any worker starts; returns the data set's digest.
 
@@ -288,6 +296,6 @@ def check_fits(experiment: Experiment, *, under_ray: bool | None = None) -> str:
     """
     check_device(experiment, under_ray=under_ray)
     digest = experiment.task.verify()
-    parts = build(experiment, device=torch.device("cpu"))
+    parts = build(_on_cpu(experiment), device=torch.device("cpu"))
     frozen_names(experiment, parts, parts.algorithm.init(experiment.seed).params)
     return digest

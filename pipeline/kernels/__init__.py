@@ -4,8 +4,8 @@
 - closed: PyTorch alone, on any device, with ops whose derivatives are again these ops (`closed.py`).
 - native: the same with C++ for what is bound by memory on a CPU (`native.py`, `native.cpp`).
 
-All of them are exact. `precision: mixed` lets a training step's query pass keep its activations in bfloat16: native
-kernels on CPUs that compute in it, closed ones on GPUs.
+All of them are exact in their dtype. `precision: mixed` lets a training step's query pass keep its activations in
+bfloat16: native kernels on CPUs that compute in it, closed ones on GPUs.
 """
 
 from __future__ import annotations
@@ -72,9 +72,12 @@ def _why_not_mixed(kernel: Kernel, device: torch.device, unfit: str | None) -> s
 
 
 def allow_tf32(allowed: bool) -> None:
-    """Whether CUDA may round the factors of float32 products to TF32's 10 bits. Of this process, for everything."""
+    """Whether cuDNN may round the factors of float32 convolutions to TF32's 10 bits. Of this process, for all of them.
+
+    Matrix products stay as they are: the first layer's variances are small differences of large ones.
+    """
     torch.backends.cudnn.allow_tf32 = allowed
-    torch.backends.cuda.matmul.allow_tf32 = allowed
+    torch.backends.cuda.matmul.allow_tf32 = False
 
 
 def _why_not_native(device_type: str, channels: int) -> str | None:

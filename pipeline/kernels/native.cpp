@@ -194,11 +194,11 @@ void norm_forward(const S* x, const Compute<S>* gain, const Compute<S>* offset, 
   }
   std::vector<Compute<S>> scale(C), shift(C);
   for (int64_t c = from; c < to; c++) {
-    const double delta = totals[0][c] / M, variance = std::max(0.0, totals[1][c] / M - delta * delta);
-    const double center = double(Compute<S>(x[c])) + delta, rate = 1 / std::sqrt(variance + eps);
-    // a NaN must reach the output: std::max above would hide it
+    const double delta = totals[0][c] / M, variance = totals[1][c] / M - delta * delta;
+    const double center = double(Compute<S>(x[c])) + delta, rate = 1 / std::sqrt(std::max(0.0, variance) + eps);
+    // what is not finite must reach the output: std::max would hide the NaN that it makes of the variance
     mean[c] = center;
-    r[c] = std::isnan(totals[1][c]) ? totals[1][c] : rate;
+    r[c] = std::isnan(variance) ? variance : rate;
     scale[c] = gain[c] * r[c];
     shift[c] = offset[c] - center * scale[c];
   }

@@ -170,6 +170,8 @@ def _compile(algorithm: Algorithm, state: MetaState, batch: TaskBatch) -> _Progr
 
             run = inductor.compile(graph, inputs, options=_options())
             run(*inputs)  # compiles what is left for the first call
+        except torch.OutOfMemoryError:  # fewer tasks at once may fit
+            raise
         except Exception as error:  # the compiler's own errors, a missing or failing C++ compiler, a full disk …
             raise _CannotCompile(f"the meta-gradient cannot be compiled here ({_in_one_line(error)})") from error
     return _Program(run, names, _signature(state.buffers) if reads_buffers else None)

@@ -51,14 +51,14 @@ def train(context: Context, experiment: Experiment, run: RunFolder) -> None:
     keep_freed_memory()
     torch.set_num_threads(experiment.training.cpus_per_worker)
     parts = experiments.build(experiment, device=context.device)
-    if experiment.training.compile:
-        parts = parts._replace(algorithm=Compiled(parts.algorithm))
     state = _initial_state(experiment, parts, run, context.device)
     latest = run.checkpoints.latest()
     if latest is not None:
         run.checkpoints.restore(state, latest, context.device)
     total = experiment.training.steps
     state.plan = _plan(context, experiment, parts, state, run)
+    if experiment.training.compile:  # after planning, which measures and compares what a program would hide
+        parts = parts._replace(algorithm=Compiled(parts.algorithm))
     if context.rank == 0:
         _note_start(context, experiment, state, run)
     steps_late = _steps_late(context.device)
@@ -170,6 +170,7 @@ def _plan(context: Context, experiment: Experiment, parts: Components, state: Tr
         share=len(slots_of_rank(context, experiment.training.meta_batch_size)),
         chunk=experiments.task_chunk(experiment, parts, context.device),
         memory=experiment.training.memory_bytes,
+        steps=(0, max(experiment.training.steps - 1, 0)),
     )
 
 

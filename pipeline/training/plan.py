@@ -7,6 +7,7 @@ undisturbed one to rounding, no longer bit for bit.
 
 from __future__ import annotations
 
+import sys
 import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -38,7 +39,7 @@ class Plan(NamedTuple):
 
     def __str__(self) -> str:
         if self.reason:
-            return self.reason
+            return self.reason if self.chunk is None else f"{self.reason}; {self.chunk} at once"
         tasks = "all tasks of a worker at once" if self.chunk is None else f"{self.chunk} tasks at once"
         return f"{self.kernel} kernels, {self.precision}, {tasks}"
 
@@ -59,12 +60,13 @@ def choose(
     share: int,
     chunk: int | None,
     memory: int | None,
+    steps: tuple[int, int] = (0, 0),
 ) -> Plan:
     """The plan of a new run.
 
     draw: gives a batch of so many tasks to measure with. share: tasks of a rank. chunk: the most of them that are
     wanted at once (None: all). memory: bytes that a worker's step may take; None: no limit on a CPU, what is free on a
-    GPU.
+    GPU. steps: the first and the last outer step, which cost differently where an algorithm anneals.
 
     Raises ConfigError, on every rank: one task needs more than `memory`.
     """
@@ -73,7 +75,7 @@ def choose(
     model.kernel, model.precision = kernel, precision
     plan = Plan(kernel, precision, None, chunk)
     if isinstance(model, ModuleModel):
-        plan = _with_batching(plan, context, algorithm, model, state, draw, share)
+        plan = _with_batching(plan, context, algorithm, model, state, draw, share, step=steps[-1])
     budget = memory
     if budget is None and context.device.type == "cuda":
         budget = int(OF_FREE_MEMORY * torch.cuda.mem_get_info(context.device)[0])
@@ -81,7 +83,8 @@ def choose(
         return plan
     one = fits = 0
     if context.rank == 0:
-        one, each = _cost(algorithm, state, draw, context.device)
+        costs = [_cost(algorithm, state, draw, context.device, step=step) for step in sorted(set(steps))]
+        one, each = (max(cost) for cost in zip(*costs, strict=True))
         fits = 0 if one > budget else min(1 + (budget - one) // each, plan.chunk or share)
     one, fits = (int(number) for number in _told(context, [one, fits]))
     if fits == 0:
@@ -109,11 +112,13 @@ def _with_batching(
     state: MetaState,
     draw: Callable[[int], TaskBatch],
     share: int,
+    *,
+    step: int,
 ) -> Plan:
     """Rank 0's choice; its reason is on rank 0 only."""
     told, reason = [0.0, 0.0], ""
     if context.rank == 0:
-        choice = batching.choose(algorithm, model, state, draw(share), step=0, chunk=plan.chunk)
+        choice = batching.choose(algorithm, model, state, draw(share), step=step, chunk=plan.chunk)
         told, reason = [float(choice.batching == "vmap"), float(choice.chunk or 0)], choice.line
     by_vmap, chunk = _told(context, told)
     plan = plan._replace(batching="vmap" if by_vmap else "loop", chunk=int(chunk) or None, reason=reason)
@@ -137,15 +142,21 @@ def _told(context: Context, numbers: list[float], *, rank_0: bool = True) -> lis
 
 
 def _cost(
-    algorithm: Algorithm, state: MetaState, draw: Callable[[int], TaskBatch], device: torch.device
+    algorithm: Algorithm, state: MetaState, draw: Callable[[int], TaskBatch], device: torch.device, *, step: int
 ) -> tuple[int, int]:
     """Bytes of a meta-gradient over idle: of one task, and of each further one."""
-    batches = [draw(1), draw(2)]
-    algorithm.meta_grad(state, batches[0], step=0)  # what is allocated only once
-    one, two = (
-        peak_bytes(lambda batch=batch: algorithm.meta_grad(state, batch, step=0), device)  # type: ignore[misc]
-        for batch in batches
-    )
+
+    def peak(batch: TaskBatch) -> int:
+        return peak_bytes(lambda: algorithm.meta_grad(state, batch, step=step), device)
+
+    one_task, two_tasks = draw(1), draw(2)
+    algorithm.meta_grad(state, one_task, step=step)  # what is allocated only once
+    one = peak(one_task)
+    try:
+        two = peak(two_tasks)
+    except torch.OutOfMemoryError:  # then one at a time
+        torch.cuda.empty_cache()
+        return one, sys.maxsize
     return one, max(two - one, 1)
 
 

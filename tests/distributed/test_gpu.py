@@ -14,6 +14,7 @@ from pipeline.runs import RunFolder
 from pipeline.training import compiled, journal, loop
 from pipeline.training.compiled import Compiled
 from pipeline.training.context import LocalContext
+from pipeline.training.plan import Plan
 from pipeline.training.step import slots_of_rank
 from tests.faults import difference, experiment, final_params, open_run, run_to_end
 
@@ -45,7 +46,8 @@ def test_outer_steps_are_queued_without_waiting_for_the_device(tiny_data: Path, 
     exp = experiment(tmp_path, tiny_data, backend="local", use_gpu=True)
     context = LocalContext("cuda")
     parts = experiments.build(exp, device=context.device)
-    state, clock = loop._initial_state(exp, parts, context.device), loop._Clock()
+    state, clock = loop._initial_state(exp, parts, open_run(exp), context.device), loop._Clock()
+    state.plan = Plan(parts.model.kernel, parts.model.precision, None, None)
     slots = slots_of_rank(context, exp.training.meta_batch_size).to(context.device)
     queued: deque = deque()
     for step in range(6):

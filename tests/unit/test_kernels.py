@@ -293,11 +293,12 @@ def test_bfloat16_is_for_the_query_pass_of_training_alone() -> None:
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
-def test_what_is_not_finite_reaches_the_outputs(kernel: str) -> None:
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+def test_what_is_not_finite_reaches_the_outputs(kernel: str, value: str) -> None:
     """Or training would go on with it unseen."""
     ops = need(kernel)
     x = numbers(2, 16, 4, 4)
-    x[1, 3, 2, 1] = float("nan")
+    x[1, 3, 2, 1] = float(value)
     y = ops.norm_relu_pool(x, torch.ones(16).double(), torch.zeros(16).double(), pool=2)
     assert y[:, 3].isnan().all()
     assert y[:, :3].isfinite().all()
