@@ -16,7 +16,9 @@ by log λ is −λ vᵀ(φ − θ). `learn_regularization` learns log λ.
 
 `cg_damping` δ is added to the matrix: (1 + δ)I + ∇²L_support/λ. Networks are not convex. Where conjugate gradient
 meets a direction of no positive curvature, that task's system is left as solved up to there; if it was the first one,
-with the query gradient itself, as in first-order MAML. The metric `cg_residual` is ‖∇L_query − Ax‖ / ‖∇L_query‖.
+with the query gradient itself, as in first-order MAML. A solution is at most LONGEST times as long as the query
+gradient, which takes effect only where the Hessian has eigenvalues below −3/4 λ. The metric `cg_residual` is
+‖∇L_query − Ax‖ / ‖∇L_query‖.
 
 `eval_regularization` is λ at test, where nothing needs the condition; the authors' code adapts without (0).
 
@@ -44,6 +46,7 @@ from pipeline.algorithms.inner_optimizer import InnerLoopConfig, gradients
 from pipeline.types import Adapted, MetaState, Objective, Params, Statistics, TaskModel
 
 LOG_LAMBDA = "imaml/log_lambda"  # [], a meta-parameter where it is learned; [T] among what steps use
+LONGEST = 4.0  # times the query gradient: eigenvalues of the Hessian above −3/4 λ are left as they are
 CENTRE = "imaml/centre/"  # the names of θ among what steps use
 
 
@@ -199,16 +202,25 @@ def conjugate_gradient(product: Callable[[Tensor], Tensor], b: Tensor, *, steps:
     """Approximately A⁻¹b and what is left of b, for a symmetric matrix A of each task: b [T, P], `product` p ↦ Ap.
 
     Hestenes & Stiefel 1952, from zero. A task whose direction has no positive curvature stops where it is; at the first
-    direction, which is b, at b. The host never looks.
+    direction, which is b, at b. So does one that would get longer than LONGEST times b, where it gets as long (Steihaug
+    1983): iterates grow in length, and the solution is no longer than b where the Hessian has no negative eigenvalue.
+    The host never looks.
     """
     x, residual, direction = torch.zeros_like(b), b, b
     left = residual.square().sum(1)  # [T]
+    bound = LONGEST**2 * left
     going = torch.ones_like(left, dtype=torch.bool)
     for number in range(steps):
         image = product(direction)
         curvature = (direction * image).sum(1)
         going = going & (curvature > 0)
         length = torch.where(going, left / torch.where(going, curvature, 1.0), 1.0 if number == 0 else 0.0)
+        # the length at which ‖x + length·direction‖² = bound
+        square, along = direction.square().sum(1), (x * direction).sum(1)
+        room = (bound - x.square().sum(1)).clamp(min=0)
+        furthest = room / (along + (along.square() + square * room).sqrt()).clamp(min=torch.finfo(b.dtype).tiny)
+        too_long = going & (length > furthest)
+        length, going = torch.where(too_long, furthest, length), going & ~too_long
         x = x + length.unsqueeze(1) * direction
         residual = residual - length.unsqueeze(1) * image
         before, left = left, residual.square().sum(1)

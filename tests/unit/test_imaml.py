@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.algorithms.imaml import IMAML, LOG_LAMBDA, IMAMLConfig, conjugate_gradient
+from pipeline.algorithms.imaml import IMAML, LOG_LAMBDA, LONGEST, IMAMLConfig, conjugate_gradient
 from pipeline.algorithms.maml import MAML, MAMLConfig
 from pipeline.models.mlp import MLPConfig
 from pipeline.tasks.objectives import Classification, Regression
@@ -261,6 +261,10 @@ def test_conjugate_gradient_keeps_each_task_to_itself() -> None:
     first = (b[3] @ b[3]) / (b[3] @ matrices[3] @ b[3]) * b[3]
     torch.testing.assert_close(x[3], first, rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(residual, b - torch.einsum("tij,tj->ti", matrices, x), rtol=1e-10, atol=1e-12)
+    nearly = torch.tensor([[[-0.99, 0.0], [0.0, 1.0]]], dtype=torch.float64) + torch.eye(2, dtype=torch.float64)
+    x_long, left = conjugate_gradient(lambda p: torch.einsum("tij,tj->ti", nearly, p), b[:1, :2], steps=6)
+    assert float(x_long.norm() / b[0, :2].norm()) == pytest.approx(LONGEST, rel=1e-12), "and not 100 times as long"
+    torch.testing.assert_close(left, b[:1, :2] - torch.einsum("tij,tj->ti", nearly, x_long), rtol=1e-10, atol=1e-12)
     alone, _ = conjugate_gradient(lambda p: p @ matrices[3], b[3:], steps=6)
     torch.testing.assert_close(alone, x[3:], rtol=1e-12, atol=1e-12)
 
