@@ -104,6 +104,10 @@ def _running(given: MetaState, exp: Experiment, fresh: Params) -> Statistics:
         layer, _, kind = name.rpartition(".")
         if kind in ("running_mean", "running_var") and name not in fresh:
             buffers[f"{layer}.{kind.removeprefix('running_')}"] = value
+    # MAML++ keeps them for every number of inner steps: those of another number, or of one, say nothing to it
+    per_step = getattr(exp.algorithm, "per_step_statistics", False)
+    leading = (exp.algorithm.adaptation_steps + 1,) if per_step else ()
+    buffers = {name: value for name, value in buffers.items() if value.shape[:-1] == leading}
     dtype = next(iter(fresh.values())).dtype
     return {name: value.to(dtype).contiguous() for name, value in buffers.items()}
 

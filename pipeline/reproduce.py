@@ -368,5 +368,5 @@ def _run_cell(cell: Cell, watch: Watch, *, fresh: bool, say: Callable[[str], Non
 
 def _minutes_needed(cell: Cell, before: Standing) -> float:
     """By the file's estimate, for what is left of a cell. Without an estimate 0: it is started while there is time."""
-    done = step_of(before.run) / cell.experiment.training.steps if before.run else 0.0
+    done = step_of(before.run) / max(cell.experiment.training.steps, 1) if before.run else 0.0
     return (cell.minutes or 0.0) * max(1.0 - done, 0.0)

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+from pipeline.algorithms.episodic import needs_features
 from pipeline.algorithms.gradient_based import GradientBased
 from pipeline.algorithms.inner_optimizer import InnerLoopConfig
 from pipeline.types import Objective, TaskModel
@@ -26,6 +27,8 @@ class ANILConfig(InnerLoopConfig):
     name: Literal["anil"]
 
     def build(self, *, model: TaskModel, objective: Objective, train_classes: int | None = None) -> ANIL:
+        """Raises ConfigError: the model has no head."""
+        needs_features(self.name, model)
         return ANIL(self, model=model, objective=objective)
 
 
@@ -35,6 +38,8 @@ class BOILConfig(InnerLoopConfig):
     name: Literal["boil"]
 
     def build(self, *, model: TaskModel, objective: Objective, train_classes: int | None = None) -> BOIL:
+        """Raises ConfigError: the model has no head."""
+        needs_features(self.name, model)
         return BOIL(self, model=model, objective=objective)
 
 

@@ -48,6 +48,7 @@ from pipeline.algorithms.episodic import (
     Episodic,
     EpisodicConfig,
     named_gradients,
+    needs_features,
     of_classes,
     only_classification,
     per_task,
@@ -91,8 +92,9 @@ class MANNConfig(EpisodicConfig):
         return value
 
     def build(self, *, model: TaskModel, objective: Objective, train_classes: int | None = None) -> MANN:
-        """Raises ConfigError: the task is not a classification."""
+        """Raises ConfigError: the task is not a classification, or the model has no head."""
         only_classification(self.name, objective)
+        needs_features(self.name, model)
         return MANN(self, model=model, objective=objective)
 
 

@@ -37,7 +37,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from pipeline import keys as counters
-from pipeline.algorithms.episodic import Support, named_gradients, only_classification, per_task
+from pipeline.algorithms.episodic import Support, named_gradients, needs_features, only_classification, per_task
 from pipeline.algorithms.gradient_based import FEATURES, GradientBased, linear
 from pipeline.algorithms.inner_optimizer import InnerLoopConfig
 from pipeline.errors import ConfigError
@@ -68,8 +68,9 @@ class TransferConfig(InnerLoopConfig):
         return self
 
     def build(self, *, model: TaskModel, objective: Objective, train_classes: int | None = None) -> Transfer:
-        """Raises ConfigError: the task is not a classification."""
+        """Raises ConfigError: the task is not a classification, or the model has no head."""
         only_classification(self.name, objective)
+        needs_features(self.name, model)
         return Transfer(self, model=model, objective=objective, train_classes=train_classes)
 
 

@@ -161,5 +161,5 @@ def test_a_part_of_what_is_left_may_be_frozen_but_not_all() -> None:
     algorithm = anil(freeze=["head.bias"])
     assert algorithm.adapted_names == ["head.weight"]
     assert boil(freeze=["norm1.*"]).adapted_names == ["layer1.weight", "layer1.bias"]
-    with pytest.raises(ConfigError, match="nothing is left to adapt"):
+    with pytest.raises(ConfigError, match="nothing is left to learn"):
         anil(freeze=["head.*"])

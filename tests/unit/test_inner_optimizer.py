@@ -211,7 +211,7 @@ def test_each_task_has_its_own_norm_to_clip_by() -> None:
 def test_refusals() -> None:
     with pytest.raises(ConfigError, match=r"algorithm.freeze: 'block9\.\*' matches no parameter. There are: layer1.w"):
         maml(freeze=["head.*", "block9.*"])
-    with pytest.raises(ConfigError, match=r"algorithm.freeze: nothing is left to adapt"):
+    with pytest.raises(ConfigError, match=r"algorithm.freeze: nothing is left to learn"):
         maml(freeze=["*"])
     with pytest.raises(ValueError, match="is for inner_optimizer: sgd"):
         maml(inner_optimizer="adam", inner_momentum=0.5)
