@@ -15,7 +15,7 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from pipeline.algorithms.episodic import EpisodicConfig
+from pipeline.algorithms.episodic import EpisodicConfig, named_gradients
 from pipeline.errors import ConfigError
 from pipeline.types import Params
 
@@ -138,4 +138,4 @@ def _broadcast(values: Tensor, like: Tensor) -> Tensor:
 def gradients(loss: Tensor, params: Params, *, create_graph: bool) -> Params:
     """Of a sum over tasks with respect to [T, ...] each; zeros where it does not depend on a parameter."""
     grads = torch.autograd.grad(loss, list(params.values()), create_graph=create_graph, allow_unused=True)
-    return {k: torch.zeros_like(v) if g is None else g for (k, v), g in zip(params.items(), grads, strict=True)}
+    return named_gradients(params, grads)

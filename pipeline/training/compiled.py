@@ -37,7 +37,7 @@ Signature = tuple[Any, ...]
 
 class _Program(NamedTuple):
     run: Callable[..., Any]  # flat inputs -> flat outputs
-    names: tuple[tuple[str, ...], ...]  # of the outputs: grads, metrics, statistics
+    names: tuple[tuple[str, ...], ...]  # of the outputs: a tuple for each field of MetaGradient
     buffers: Signature | None  # that it reads; None: it reads none, and any will do
 
 
