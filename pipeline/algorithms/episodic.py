@@ -245,6 +245,11 @@ def named_gradients(params: Params, grads: tuple[Tensor | None, ...]) -> Params:
     return {k: torch.zeros_like(v) if g is None else g for (k, v), g in zip(params.items(), grads, strict=True)}
 
 
+def network(params: Params) -> Params:
+    """The network's own."""
+    return {k: v for k, v in params.items() if "/" not in k}
+
+
 def one_hot(numbers: Tensor, classes: int, dtype: torch.dtype) -> Tensor:
     """Integers [...] -> [..., classes], without looking at their values on the host."""
     return (numbers.unsqueeze(-1) == torch.arange(classes, device=numbers.device)).to(dtype)

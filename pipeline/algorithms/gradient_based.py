@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from pipeline.algorithms import inner_steps
-from pipeline.algorithms.episodic import Episodic, Support, of_classes, per_task
+from pipeline.algorithms.episodic import Episodic, Support, network, of_classes, per_task
 from pipeline.algorithms.inner_optimizer import InnerOptimizer, InnerStepsConfig, gradients, not_frozen
 from pipeline.types import Adapted, MetaState, Objective, Params, Statistics, TaskModel
 
@@ -198,7 +198,7 @@ class GradientBased(Episodic):
 
     def _params(self, inner: Params, learned: Params, number: int) -> Params:
         """The network's parameters [T, ...] after `number` inner steps, under the model's names."""
-        return {k: v for k, v in (inner | learned).items() if "/" not in k}
+        return network(inner | learned)
 
     def _adapted(
         self,

@@ -49,6 +49,7 @@ from pipeline.algorithms.episodic import (
     EpisodicConfig,
     named_gradients,
     needs_features,
+    network,
     of_classes,
     only_classification,
     per_task,
@@ -249,7 +250,7 @@ class MANN(Episodic):
         return in_order(features, order), labels.gather(1, order), observed
 
     def _encoder(self, params: Params) -> Params:
-        return {k: v for k, v in params.items() if "/" not in k}
+        return network(params)
 
     def _read_sequence(self, meta_params: Params, features: Tensor, labels: Tensor) -> tuple[State, Trace]:
         """Features [B, L, F] and labels [B, L] of sequences from the start. Parameters are the same for all of them."""

@@ -33,6 +33,7 @@ from pipeline.algorithms.episodic import (
     QueryLoss,
     Support,
     needs_features,
+    network,
     one_hot,
     only_classification,
     per_task,
@@ -222,8 +223,3 @@ def class_means(features: Tensor, members: Tensor) -> Tensor:
 def without_head(model: TaskModel, seed: int) -> Params:
     """A model's fresh parameters but those of its head."""
     return {k: v for k, v in model.init(seed).items() if k not in model.head}
-
-
-def network(params: Params) -> Params:
-    """The network's own."""
-    return {k: v for k, v in params.items() if "/" not in k}

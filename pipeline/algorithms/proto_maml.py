@@ -17,10 +17,10 @@ from typing import Literal
 
 from torch import Tensor
 
-from pipeline.algorithms.episodic import Support, needs_features, one_hot, only_classification, per_task
+from pipeline.algorithms.episodic import Support, needs_features, network, one_hot, only_classification, per_task
 from pipeline.algorithms.gradient_based import FEATURES, GradientBased
 from pipeline.algorithms.inner_optimizer import InnerLoopConfig
-from pipeline.algorithms.metric_based import class_means, network, without_head
+from pipeline.algorithms.metric_based import class_means, without_head
 from pipeline.algorithms.protonet import nearest_prototype
 from pipeline.keys import fold
 from pipeline.types import MetaState, Objective, Params, TaskModel

@@ -37,7 +37,14 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from pipeline import keys as counters
-from pipeline.algorithms.episodic import Support, named_gradients, needs_features, only_classification, per_task
+from pipeline.algorithms.episodic import (
+    Support,
+    named_gradients,
+    needs_features,
+    network,
+    only_classification,
+    per_task,
+)
 from pipeline.algorithms.gradient_based import FEATURES, GradientBased, linear
 from pipeline.algorithms.inner_optimizer import InnerLoopConfig
 from pipeline.errors import ConfigError
@@ -110,7 +117,7 @@ class Transfer(GradientBased):
         (keys,) = counters.pass_keys(batch.keys if self.model.stochastic else None, 1)
         tasks = len(y)
         with torch.enable_grad():
-            of_model = per_task({k: v for k, v in params.items() if "/" not in k}, tasks)
+            of_model = per_task(network(params), tasks)
             features, observed = self.model.features(of_model, x, observe=self._running, low_precision=True, keys=keys)
             classifier = per_task({k: v for k, v in params.items() if k in (WEIGHT, BIAS)}, tasks)
             outputs = self._classify(features, classifier[WEIGHT], classifier.get(BIAS))
