@@ -142,6 +142,8 @@ class EvaluationConfig(Section):
 
     validation_episodes: int = Field(default=200, ge=2)  # for checkpoint selection and plateaus
     test_episodes: int = Field(default=1000, ge=2)
+    curve_episodes: int | None = Field(default=None, ge=2)
+    # of the test episodes: so many are scored after every adaptation step, the others after the last alone. None: all
     promotion_episodes: int = Field(default=600, ge=2)  # candidate against champion, paired
     selection_mode: Literal["transductive", "inductive"] = "inductive"  # the mode that picks the best checkpoint
 

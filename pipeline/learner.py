@@ -143,8 +143,8 @@ class Learner:
             raise DataError(f"adaptation_steps: {steps} is negative; give 0 or more.")
         labels, y = self._targets(support_y, len(x))
         classes = len(labels) if labels else None
-        *_, adapted = self.algorithm.adaptation_path(
-            self.state, x.unsqueeze(0), y.unsqueeze(0), steps=steps, inductive=True, num_classes=classes
+        (adapted,) = self.algorithm.adaptation_path(
+            self.state, x[None], y[None], steps=steps, inductive=True, num_classes=classes, last_only=True
         )
         return AdaptedLearner(self, adapted, labels)
 

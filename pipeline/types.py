@@ -229,12 +229,14 @@ class Algorithm(Protocol):
         steps: int,
         inductive: bool,
         num_classes: int | None = None,
+        last_only: bool = False,
     ) -> Iterator[Adapted]:
         """The adapted learner after 0, 1, … `steps` adaptation steps, without a graph.
 
         `inductive` also computes the statistics that inductive prediction needs. `num_classes` of the
         episodes, where it is below the number of outputs, leaves the unused ones out of the support loss; an algorithm
         of `any_way` has that many outputs instead (None: as many as the model). Classes may differ in examples.
+        `last_only` yields the learner after the last step alone, and computes nothing for the others.
         """
         ...
 

@@ -225,6 +225,7 @@ def evaluate_run(exp: Experiment, run: RunFolder, parts: Components, log: RunLog
         split="meta_test",
         seed=TEST_SEED,
         episodes=exp.evaluation.test_episodes,
+        curve_episodes=exp.evaluation.curve_episodes,
         data_digest=data_digest,
         chunk=chunk,
         keep_predictions=True,

@@ -116,6 +116,7 @@ class Episodic:
         steps: int,
         inductive: bool,
         num_classes: int | None = None,
+        last_only: bool = False,
     ) -> Iterator[Adapted]:
         raise NotImplementedError
 

@@ -55,17 +55,26 @@ class GradientBased(Episodic):
         steps: int,
         inductive: bool,
         num_classes: int | None = None,
+        last_only: bool = False,
     ) -> Iterator[Adapted]:
         meta_params = {k: v.detach() for k, v in state.params.items()}
         support = self._support(support_x, support_y, num_classes)
+        statistics: Statistics | None = None
         with torch.no_grad():
             inner, learned = self._start(meta_params, support, None)
         for number in range(steps + 1):
             if number:
                 inner = self._step_without_graph(inner, learned, number - 1, support)
+            if last_only and number < steps:
+                continue
             with torch.no_grad():
                 params = self._params(inner, learned, number)
-                yield self._adapted(params, state.buffers, support, inductive=inductive, step=number)
+                wanted = inductive and statistics is None
+                adapted = self._adapted(params, state.buffers, support, inductive=wanted, step=number)
+                if inductive and self._features_stay():  # so do the body's statistics
+                    statistics = adapted.statistics if statistics is None else statistics
+                    adapted = Adapted(adapted.params, statistics)
+            yield adapted
 
     def _step_without_graph(
         self, inner: Params, learned: Params, number: int, support: Support, keys: Tensor | None = None

@@ -109,12 +109,13 @@ class IMAML(GradientBased):
         steps: int,
         inductive: bool,
         num_classes: int | None = None,
+        last_only: bool = False,
     ) -> Iterator[Adapted]:
         if self.config.eval_regularization is not None:
             log_lambda = _log(self.config.eval_regularization, state.params)
             state = state._replace(params={**state.params, LOG_LAMBDA: log_lambda})
         return super().adaptation_path(
-            state, support_x, support_y, steps=steps, inductive=inductive, num_classes=num_classes
+            state, support_x, support_y, steps=steps, inductive=inductive, num_classes=num_classes, last_only=last_only
         )
 
     def _support_passes(self) -> int:

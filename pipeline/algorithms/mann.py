@@ -160,6 +160,7 @@ class MANN(Episodic):
         steps: int,
         inductive: bool,
         num_classes: int | None = None,
+        last_only: bool = False,
     ) -> Iterator[Adapted]:
         """The same at every step: the network has read the support set."""
         with torch.no_grad():
@@ -176,7 +177,7 @@ class MANN(Episodic):
             left[STATE + "label"] = labels[:, -1]
             statistics = per_task(state.buffers, tasks) if self._running and state.buffers else observed
             adapted = Adapted(params | left, statistics if inductive else None)
-        for _ in range(steps + 1):
+        for _ in range(1 if last_only else steps + 1):
             yield adapted
 
     def _answer(self, params: Params, query: Any, **how: Any) -> tuple[Tensor, Statistics]:

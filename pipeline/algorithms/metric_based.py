@@ -111,12 +111,13 @@ class MetricBased(Episodic):
         steps: int,
         inductive: bool,
         num_classes: int | None = None,
+        last_only: bool = False,
     ) -> Iterator[Adapted]:
         """There are no steps: the same learner, steps + 1 times."""
         with torch.no_grad():
             params = per_task({k: v.detach() for k, v in state.params.items()}, len(support_x))
             adapted = self._kept(params, state.buffers, support_x, support_y, num_classes, inductive=inductive)
-        for _ in range(steps + 1):
+        for _ in range(1 if last_only else steps + 1):
             yield adapted
 
     def _kept(

@@ -139,31 +139,20 @@ class Transfer(GradientBased):
         steps: int,
         inductive: bool,
         num_classes: int | None = None,
+        last_only: bool = False,
     ) -> Iterator[Adapted]:
         params = {k: v for k, v in state.params.items() if k not in (WEIGHT, BIAS)}
         if self._running:
             params |= {RUNNING + k: v for k, v in state.buffers.items()}
-        body_moves = self.config.fine_tune == "all"
-        path = super().adaptation_path(
+        return super().adaptation_path(
             MetaState(params, state.buffers),
             support_x,
             support_y,
             steps=steps,
-            inductive=inductive and body_moves,
+            inductive=inductive,
             num_classes=num_classes,
+            last_only=last_only,
         )
-        if body_moves or not inductive:
-            yield from path
-            return
-        statistics: Statistics | None = None  # the body's are the same at every step
-        for adapted in path:
-            if statistics is None:
-                support = self._support(support_x, support_y, num_classes)
-                with torch.no_grad():
-                    statistics = self._adapted(
-                        adapted.params, state.buffers, support, inductive=True, step=0
-                    ).statistics
-            yield Adapted(adapted.params, statistics)
 
     def _left_alone(self, names: list[str]) -> list[str]:
         body = [name for name in names if name not in self.model.head] if self.config.fine_tune == "head" else []

@@ -187,8 +187,8 @@ def _batched(model: ModuleModel, batching: str) -> Iterator[None]:
 def _results(algorithm: Algorithm, state: MetaState, batch: TaskBatch, step: int) -> dict[str, dict[str, Tensor]]:
     """The meta-gradient, and the answers of adapted learners, which are computed without a graph."""
     gradient: MetaGradient = algorithm.meta_grad(state, batch, step=step)
-    *_, adapted = algorithm.adaptation_path(
-        state, batch.support_x, batch.support_y, steps=algorithm.eval_steps, inductive=True
+    (adapted,) = algorithm.adaptation_path(
+        state, batch.support_x, batch.support_y, steps=algorithm.eval_steps, inductive=True, last_only=True
     )
     with torch.no_grad():
         answers: dict[str, Tensor] = {mode: algorithm.predict(adapted, batch.query_x, mode) for mode in MODES}

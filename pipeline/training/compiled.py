@@ -76,9 +76,10 @@ class Compiled:
         steps: int,
         inductive: bool,
         num_classes: int | None = None,
+        last_only: bool = False,
     ) -> Iterator[Adapted]:
         return self._algorithm.adaptation_path(
-            state, support_x, support_y, steps=steps, inductive=inductive, num_classes=num_classes
+            state, support_x, support_y, steps=steps, inductive=inductive, num_classes=num_classes, last_only=last_only
         )
 
     def predict(self, adapted: Adapted, query_x: Tensor, normalization: Normalization) -> Tensor:

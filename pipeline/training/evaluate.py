@@ -63,7 +63,10 @@ class Predictions(NamedTuple):
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Scores [E, M, K + 1] and losses of the same shape, on the episodes of (seed, split)."""
+    """Scores [E, M, K + 1] and losses of the same shape, on the episodes of (seed, split).
+
+    NaN before the last step where an episode's queries were scored after the last step alone: see `curve_episodes`.
+    """
 
     scores: Tensor
     losses: Tensor
@@ -73,6 +76,7 @@ class Evaluation:
     data_digest: str
     task: dict[str, Any]  # the family's description: class split, n_way, k_shot, n_query
     predictions: Predictions | None = None  # where they were kept
+    curve_episodes: int | None = None  # the first so many are scored after every step, the others after the last alone
 
     @property
     def episodes(self) -> int:
@@ -87,17 +91,24 @@ class Evaluation:
         return self.scores[:, MODES.index(mode), -1]
 
     def score(self, mode: Normalization, step: int = -1) -> Estimate:
-        return Estimate.of(self.scores[:, MODES.index(mode), step])
+        return Estimate.of(self._scored(self.scores[:, MODES.index(mode)], step))
 
     def loss(self, mode: Normalization, step: int = -1) -> Estimate:
-        return Estimate.of(self.losses[:, MODES.index(mode), step])
+        return Estimate.of(self._scored(self.losses[:, MODES.index(mode)], step))
+
+    def _scored(self, values: Tensor, step: int) -> Tensor:
+        """Values [E, K + 1] -> those after `step` of the episodes that were scored there."""
+        is_last = step in (-1, values.shape[1] - 1)
+        return values[:, step] if is_last else values[: self.curve_episodes, step]
 
     def to_dict(self) -> dict[str, Any]:
         """The result with all that is needed to get it again."""
+        on_fewer = {} if self.curve_episodes is None else {"episodes_before_the_last_step": self.curve_episodes}
         return {
             "split": self.split,
             "task": self.task,
             "episodes": self.episodes,
+            **on_fewer,
             "episode_seed": self.seed,
             "data_digest": self.data_digest,
             "score": self.score_name,
@@ -134,6 +145,7 @@ def evaluate(
     data_digest: str,
     chunk: int | None,
     steps: int | None = None,
+    curve_episodes: int | None = None,
     last_only: bool = False,
     keep_predictions: bool = False,
     context: Context | None = None,
@@ -141,6 +153,8 @@ def evaluate(
     """Evaluate on `episodes` fixed episodes, shared among the context's ranks; every rank gets the whole result.
 
     steps: adaptation steps, by default the algorithm's own for evaluation. chunk: episodes adapted at once (None: 32).
+    curve_episodes: score the queries of the first so many episodes after every step, of the others after the last step
+    alone: with tens of steps that takes longer than adapting. None: of all after every step.
     last_only: score the queries after the last adaptation step alone, [E, M, 1]: validation needs no more.
     keep_predictions: keep what was answered, where tasks have classes; in one process.
     """
@@ -151,18 +165,25 @@ def evaluate(
     # float64 and zeros for the other ranks' rows: the sum over ranks is then exact, whatever the number of ranks
     scored = 1 if last_only else steps + 1
     results = torch.zeros(2, episodes, len(MODES), scored, dtype=torch.float64, device=context.device)
+    if last_only or (curve_episodes is not None and curve_episodes >= episodes):
+        curve_episodes = None
     mine = torch.arange(episodes)[context.rank :: context.world_size]
     for slots in mine.split(chunk or EPISODES_AT_ONCE) if len(mine) else ():
+        at_the_end = last_only or (curve_episodes is not None and int(slots[0]) >= curve_episodes)
         batch = family.sample(split, 0, slots, seed=seed)
         rows = slots.to(context.device)
         classes = batch.num_classes
         path = algorithm.adaptation_path(
-            state, batch.support_x, batch.support_y, steps=steps, inductive=True, num_classes=classes
+            state,
+            batch.support_x,
+            batch.support_y,
+            steps=steps,
+            inductive=True,
+            num_classes=classes,
+            last_only=at_the_end,
         )
         answers = []
-        for step, adapted in enumerate(path, start=scored - steps - 1):
-            if step < 0:
-                continue
+        for step, adapted in enumerate(path, start=scored - 1 if at_the_end else 0):
             with torch.no_grad():
                 for m, mode in enumerate(MODES):
                     outputs = algorithm.predict(adapted, batch.query_x, mode)[..., :classes]
@@ -175,10 +196,13 @@ def evaluate(
             kept.append(Predictions(*(part.to("cpu", torch.int32) for part in told)))
     if context.world_size > 1:
         context.all_reduce(results)
+    if curve_episodes is not None:
+        results[:, curve_episodes:, :, :-1] = math.nan
     scores, losses = results.cpu()
     predictions = Predictions(*(torch.cat(parts) for parts in zip(*kept, strict=True))) if kept else None
     task = family.description
-    return Evaluation(scores, losses, family.objective.score_name, split, seed, data_digest, task, predictions)
+    name = family.objective.score_name
+    return Evaluation(scores, losses, name, split, seed, data_digest, task, predictions, curve_episodes)
 
 
 def curves(

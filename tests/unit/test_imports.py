@@ -37,7 +37,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     | {"pipeline.algorithms", "pipeline.models", "pipeline.tasks", "pipeline.experiment", "pipeline.runs"},
 }
 
-# A library -> the only modules that may import it.
+# A library -> the only modules and rooms that may import it.
 LIBRARY_OF: dict[str, set[str]] = {
     "ray": {"pipeline.launch", "pipeline.tuning", "pipeline.submission", "pipeline.training.context"},
     "mlflow": {"pipeline.tracking", "pipeline.serving", "pipeline.served_model"},
@@ -100,7 +100,7 @@ def violations(module: str, found: list[tuple[str, int, bool]]) -> list[str]:
             problems.append(f"line {line}: imports {name}, but only jobs imports jobs")
         if top == "pipeline" and room and not any(within(name, allowed) for allowed in MAY_IMPORT[room] | {room}):
             problems.append(f"line {line}: imports {name}, but {room} may import only {sorted(MAY_IMPORT[room])}")
-        if top in LIBRARY_OF and module not in LIBRARY_OF[top]:
+        if top in LIBRARY_OF and not any(within(module, owner) for owner in LIBRARY_OF[top]):
             problems.append(f"line {line}: imports {top}, which only {sorted(LIBRARY_OF[top])} may")
         if (module, top) in ONLY_INSIDE_FUNCTIONS and not inside:
             problems.append(f"line {line}: imports {top} when it is imported; import it inside the function")

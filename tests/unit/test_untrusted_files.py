@@ -33,7 +33,7 @@ from pipeline.datasets.omniglot import BACKGROUND, EVALUATION, Omniglot
 from pipeline.datasets.preprocessing import Preprocessing, open_picture
 from pipeline.errors import DataError
 from pipeline.tasks import shards
-from pipeline.tasks.shards import ShardEntry
+from pipeline.tasks.shards import ShardEntry, reader
 from pipeline.training import outer
 from pipeline.training.checkpoint import CheckpointStore, TrainState
 from pipeline.types import MetaState
@@ -241,7 +241,7 @@ def test_a_shard_that_unfolds_is_refused_by_its_footer(how: str, data: Path) -> 
 
 
 def test_a_row_group_of_too_many_images_is_refused(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shards, "MAX_ROW_GROUP_BYTES", 8 * 144 - 1)
+    monkeypatch.setattr(reader, "MAX_ROW_GROUP_BYTES", 8 * 144 - 1)
     refused(data, r"00000\.parquet: row group 0 cannot be read \(row group 0 is of 8 images, too many")
 
 

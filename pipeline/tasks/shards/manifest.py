@@ -1,0 +1,160 @@
+"""`dataset.json`: what a data set holds, how it is split, and where each class lies."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from typing import Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from pipeline.config import Section, validate
+from pipeline.errors import ConfigError, DataError
+from pipeline.storage import Location, location
+from pipeline.types import Split
+
+FORMAT_VERSION = 1
+MANIFEST = "dataset.json"
+# Folders and a name without anything that a shell, a file system or an object store could take for more.
+SHARD_FILE = re.compile(r"(?:[A-Za-z0-9_][A-Za-z0-9_.-]*/)*[A-Za-z0-9_][A-Za-z0-9_.-]*")
+
+
+class RowGroup(Section):
+    """Where `rows` examples of one class lie."""
+
+    shard: int = Field(ge=0)
+    row_group: int = Field(ge=0)
+    rows: int = Field(ge=1)
+
+
+class ClassEntry(Section):
+    """One class. `sha256` is over its images in order; `row_groups` hold them in that order."""
+
+    name: str
+    group: str
+    count: int = Field(ge=1)
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+    splits: dict[str, Split]  # name of a class split -> this class's part in it
+    row_groups: list[RowGroup]
+
+    @model_validator(mode="after")
+    def _row_groups_hold_every_example(self) -> ClassEntry:
+        rows = sum(group.rows for group in self.row_groups)
+        if rows != self.count:
+            raise ValueError(f"row groups of class {self.name} hold {rows} examples and not {self.count}")
+        return self
+
+
+class ShardEntry(Section):
+    """One Parquet file, relative to the data set's folder."""
+
+    file: str
+    bytes: int = Field(ge=1)
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+
+    @field_validator("file")
+    @classmethod
+    def _stays_inside(cls, value: str) -> str:
+        if not SHARD_FILE.fullmatch(value):
+            raise ValueError(
+                "must be a path inside the data set's folder, of letters, digits, '_', '-' and '.', such as "
+                "shards/00000.parquet"
+            )
+        return value
+
+
+class Manifest(Section):
+    """`dataset.json`."""
+
+    format_version: Literal[1]
+    modality: Literal["image"]
+    shape: tuple[int, int, int]  # H, W, C
+    dtype: Literal["uint8"]
+    classes: list[ClassEntry] = Field(min_length=1)
+    splits: list[str] = Field(min_length=1)  # names of the class splits; each class is in every one of them
+    shards: list[ShardEntry] = Field(min_length=1)
+    source: dict[str, Any]  # how it was made: source name, options, seed, warnings
+    preprocessing: dict[str, Any]  # turns a user's picture into one of these images (see datasets/preprocessing.py)
+    digest: str = Field(pattern="^[0-9a-f]{64}$")
+
+    @model_validator(mode="after")
+    def _row_groups_lie_in_listed_shards(self) -> Manifest:
+        for entry in self.classes:
+            if any(group.shard >= len(self.shards) for group in entry.row_groups):
+                raise ValueError(f"class {entry.name} has a row group in a shard that is not listed")
+        return self
+
+    @model_validator(mode="after")
+    def _every_class_is_in_every_split(self) -> Manifest:
+        for entry in self.classes:
+            if sorted(entry.splits) != sorted(self.splits):
+                raise ValueError(f"class {entry.name} is not in exactly the class splits {', '.join(self.splits)}")
+        return self
+
+    @property
+    def num_examples(self) -> int:
+        return sum(entry.count for entry in self.classes)
+
+    @property
+    def image_bytes(self) -> int:
+        height, width, channels = self.shape
+        return height * width * channels
+
+    def members(self, split_name: str, split: Split) -> list[int]:
+        """Indices into `classes` of one part of a class split."""
+        return [i for i, entry in enumerate(self.classes) if entry.splits.get(split_name) == split]
+
+    def compute_digest(self) -> str:
+        """sha256 over format, shape, preprocessing and, per class, name, group, count, pixels and splits."""
+        content = {
+            "format_version": self.format_version,
+            "modality": self.modality,
+            "shape": list(self.shape),
+            "dtype": self.dtype,
+            "preprocessing": self.preprocessing,
+            "classes": [[c.name, c.group, c.count, c.sha256, dict(sorted(c.splits.items()))] for c in self.classes],
+        }
+        canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+        return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def read_manifest(folder: str | Location) -> Manifest:
+    """The manifest of a data set, checked against its own digest.
+
+    Raises DataError: no such folder, no manifest in it, not JSON, a field missing or wrong, another format
+    version, or a digest that disagrees with the classes, splits and preprocessing.
+    """
+    folder = location(folder)
+    path = folder / MANIFEST
+    try:
+        if not folder.is_dir():
+            raise DataError(
+                f"{folder}: no such data set. Prepare one first, e.g. `metapipe data prepare glyphs --out {folder}`."
+            )
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise DataError(
+            f"{folder}: holds no {MANIFEST}, so it is not a prepared data set. Make one with `metapipe data prepare`."
+        ) from None
+    except ValueError as error:
+        raise DataError(f"{path}: not readable as JSON ({error}). Prepare the data set again.") from error
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error}).") from error
+    if isinstance(content, dict) and content.get("format_version") != FORMAT_VERSION:
+        raise DataError(
+            f"{path}: format version {content.get('format_version')!r}; this version reads {FORMAT_VERSION}. "
+            "Prepare the data set again."
+        )
+    if not isinstance(content, dict):
+        raise DataError(f"{path}: not a manifest. Prepare the data set again.")
+    try:
+        manifest = validate(Manifest, content, source=str(path))
+    except ConfigError as error:
+        raise DataError(f"{error} Prepare the data set again.") from None
+    if manifest.compute_digest() != manifest.digest:
+        raise DataError(
+            f"{path}: the digest {manifest.digest[:12]}… disagrees with the classes, splits and preprocessing "
+            "listed; the manifest was changed after it was written. Prepare the data set again."
+        )
+    return manifest
