@@ -23,6 +23,7 @@ from pipeline.experiment import Components, Experiment
 from pipeline.learner import Learner, card_of
 from pipeline.runs import RunFolder
 from pipeline.storage import Location
+from pipeline.tasks.classes import ClassTasks
 from pipeline.tasks.images import ImageTasks
 from pipeline.tracking import RunLog, Tracker
 from pipeline.training import journal
@@ -284,7 +285,8 @@ def register_run(
     exp: Experiment, run: RunFolder, parts: Components, tracker: Tracker, test: Evaluation
 ) -> Registration:
     step, state = best_checkpoint(run)
-    images = parts.family if isinstance(parts.family, ImageTasks) else None
+    classes = parts.family if isinstance(parts.family, ClassTasks) else None
+    images = classes if isinstance(classes, ImageTasks) else None
     facts = run.checkpoints.meta(step)
     card = card_of(
         exp,
@@ -293,7 +295,7 @@ def register_run(
         num_outputs=parts.family.num_outputs,
         preprocessing=images.manifest.preprocessing if images else None,
         data_digest=run.read()["data_digest"],
-        training_classes=list(images.class_digests("meta_train")) if images else (),
+        training_classes=list(classes.class_digests("meta_train")) if classes else (),
         checkpoint={"run": f"{exp.name}/{run.path.name}", "step": step, "sha256": facts["sha256"]},
     )
     learner = Learner(card, MetaState(*({k: v.cpu() for k, v in part.items()} for part in state)))
@@ -400,7 +402,7 @@ def evaluate_model(
             f"{learner.card.input_shape}. Prepare the data set with that --size."
         )
 
-    if isinstance(family, ImageTasks) and part != "meta_train":
+    if isinstance(family, ClassTasks) and part != "meta_train":
         _check_unseen(learner, family, part)
 
     def run(state: MetaState, *, keep_predictions: bool = False) -> Evaluation:
@@ -432,7 +434,7 @@ def evaluate_model(
     return ModelEvaluation(learner, evaluation, comparisons, promotion.MODE, digest == learner.card.data_digest)
 
 
-def _check_unseen(learner: Learner, family: ImageTasks, part: Split) -> None:
+def _check_unseen(learner: Learner, family: ClassTasks, part: Split) -> None:
     """Raises DataError where the model was trained on classes that it is to be tested on (another class split, say)."""
     candidates = family.class_digests(part)
     seen = sorted(candidates[digest] for digest in candidates.keys() & set(learner.card.training_classes))
