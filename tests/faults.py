@@ -12,7 +12,7 @@ import psutil
 import torch
 
 from pipeline import experiment as experiments
-from pipeline import launch, runs
+from pipeline import initial, launch, runs
 from pipeline.experiment import Experiment
 from pipeline.runs import RunFolder
 from pipeline.training import journal
@@ -102,7 +102,7 @@ def experiment(
 
 
 def open_run(exp: Experiment) -> RunFolder:
-    return runs.open_run(exp, data_digest=experiments.check_fits(exp))[0]
+    return runs.open_run(exp, data_digest=experiments.check_fits(exp), initial=lambda: initial.resolve(exp))[0]
 
 
 def run_to_end(exp: Experiment) -> RunFolder:

@@ -7,6 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
 from pipeline import experiment as experiments
 from pipeline.kernels import native
@@ -17,15 +20,44 @@ from tests.faults import difference, final_params, run_to_end
 
 pytestmark = pytest.mark.distributed
 
+
+class SmokeNetwork(nn.Module):
+    """The configuration's conv4 as a user would write it, for one task; parameters have conv4's names."""
+
+    def __init__(self, hidden: int = 16, blocks: int = 4) -> None:
+        super().__init__()
+        for block in range(1, blocks + 1):
+            layers = nn.Module()
+            layers.conv = nn.Conv2d(1 if block == 1 else hidden, hidden, 3, stride=2, padding=1, bias=False)
+            layers.norm = nn.BatchNorm2d(hidden)
+            self.add_module(f"block{block}", layers)
+        self.head = nn.Linear(hidden, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in (self.block1, self.block2, self.block3, self.block4):
+            x = block.norm(block.conv(x)).relu()
+        return self.head(x.mean(dim=(2, 3)))
+
+
+AS_A_MODULE = {"model": "{name: module, factory: 'tests.distributed.test_paths:SmokeNetwork'}"}
 NATIVE = pytest.mark.skipif(native.why_not() is not None, reason="native kernels cannot be built here")
 PATHS: dict[str, dict[str, Any]] = {
     "closed": {"training.kernel": "closed"},
     "closed, a task at a time": {"training.kernel": "closed", "training.task_chunk": 1},
     "closed, recomputed": {"training.kernel": "closed", "algorithm.recompute_inner_steps": True},
+    "compiled": {"training.kernel": "closed", "training.compile": True},
+    "any module, a loop": {**AS_A_MODULE, "model.batching": "loop"},
+    "any module, vmap": {**AS_A_MODULE, "model.batching": "vmap"},
+    "any module, vmap, recomputed": {
+        **AS_A_MODULE,
+        "model.batching": "vmap",
+        "algorithm.recompute_inner_steps": True,
+    },
     "native": {"training.kernel": "native"},
     "native, recomputed": {"training.kernel": "native", "algorithm.recompute_inner_steps": True},
 }
-EVERY_PATH = [pytest.param(k, marks=[NATIVE] if "native" in k else []) for k in PATHS]
+MARKS = {"compiled": [pytest.mark.slow], "native": [NATIVE], "native, recomputed": [NATIVE]}
+EVERY_PATH = [pytest.param(path, marks=MARKS.get(path, [])) for path in PATHS]
 
 
 def trained(folder: Path, data: Path, dtype: str, **settings: Any) -> RunFolder:
@@ -38,10 +70,17 @@ def trained(folder: Path, data: Path, dtype: str, **settings: Any) -> RunFolder:
         "training.dtype": dtype,
         "evaluation.validation_episodes": 40,
         "tracking.runs": folder,
-        **settings,
     }
-    overrides = [f"{key}={value}" for key, value in values.items()]
-    return run_to_end(experiments.load(REPOSITORY / "configs" / "smoke.yaml", overrides))
+    smoke = REPOSITORY / "configs" / "smoke.yaml"
+    if "model" in settings:  # begins where conv4 does
+        start = experiments.build(experiments.load(smoke, _set(values)), device=torch.device("cpu")).model.init(0)
+        save_file({name: value.contiguous() for name, value in start.items()}, folder / "start.safetensors")
+        values["training.init_from"] = folder / "start.safetensors"
+    return run_to_end(experiments.load(smoke, _set(values | settings)))
+
+
+def _set(values: dict[str, Any]) -> list[str]:
+    return [f"{key}={value}" for key, value in values.items()]
 
 
 @pytest.fixture(scope="module")
