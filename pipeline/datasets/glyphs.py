@@ -22,12 +22,14 @@ from functools import lru_cache, partial
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+from pydantic import Field
 
 from pipeline.datasets.glyph_pen import clean_drawing, draw
 from pipeline.datasets.glyph_strokes import Stroke, codepoints_of, is_line_drawing, strokes_of
 from pipeline.datasets.near_duplicates import similarities
 from pipeline.datasets.preprocessing import Preprocessing
 from pipeline.datasets.source import RawClass
+from pipeline.datasets.sources import SourceOptions
 from pipeline.errors import DataError
 
 if TYPE_CHECKING:  # types imports torch: seconds at the start of every drawing process, for nothing
@@ -86,6 +88,15 @@ class Character(NamedTuple):
     group: str
     codepoint: int
     faces: tuple[str, ...]  # those that have it
+
+
+class GlyphsOptions(SourceOptions):
+    """Of the embedded data set."""
+
+    size: int = Field(28, ge=16, le=1024, description="Height and width in pixels.")
+
+    def open(self, *, seed: int) -> Glyphs:
+        return Glyphs(seed=seed, size=self.size)
 
 
 class Glyphs:

@@ -8,14 +8,30 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
+from pydantic import Field
 
 from pipeline.datasets.preprocessing import IMAGE_SUFFIXES, Preprocessing, open_picture, pictures_in
 from pipeline.datasets.source import RawClass
+from pipeline.datasets.sources import FolderOptions
 from pipeline.datasets.splits import group_split, random_split
 from pipeline.errors import DataError
 from pipeline.types import Split
+
+
+class ImageFolderOptions(FolderOptions):
+    """Of a folder of pictures."""
+
+    directory: Path | None = Field(None, description="Folder that holds a folder of pictures per class.")
+    kind: Literal["drawing", "photo"] = Field("drawing", description="drawing: grey, ink high. photo: RGB.")
+    size: int = Field(28, ge=8, le=1024, description="Height and width in pixels.")
+
+    def open(self, *, seed: int) -> ImageFolder:
+        channels: Literal[1, 3] = 3 if self.kind == "photo" else 1
+        preprocessing = Preprocessing(kind=self.kind, size=self.size, channels=channels)
+        return ImageFolder(self.folder(), preprocessing=preprocessing)
 
 
 class ImageFolder:

@@ -14,16 +14,28 @@ from pathlib import Path, PurePosixPath
 
 import numpy as np
 from PIL import Image
+from pydantic import Field
 
 from pipeline.datasets.archives import PictureArchive
 from pipeline.datasets.preprocessing import Preprocessing, decode_picture, open_picture
 from pipeline.datasets.source import RawClass
+from pipeline.datasets.sources import DownloadOptions
 from pipeline.datasets.splits import random_split, shuffled
 from pipeline.errors import DataError
 from pipeline.types import Split
 
 BACKGROUND, EVALUATION = "images_background", "images_evaluation"
 VALIDATION_ALPHABETS = 5
+
+
+class OmniglotOptions(DownloadOptions):
+    """Of the official archives."""
+
+    size: int = Field(28, ge=8, le=1024, description="Height and width in pixels.")
+
+    def open(self, *, seed: int) -> Omniglot:
+        folder = self.folder()
+        return Omniglot.download(folder, size=self.size) if self.download else Omniglot(folder, size=self.size)
 
 
 class Omniglot:

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageDraw
 
-from jobs import data
+from jobs import data, data_prepare
 from pipeline.datasets.image_folder import ImageFolder, class_folders
 from pipeline.datasets.omniglot import BACKGROUND, EVALUATION, Omniglot
 from pipeline.datasets.prepare import prepare
@@ -532,26 +532,32 @@ def test_a_class_folder_without_pictures_is_named(name: str, file: str | None, t
 
 
 @pytest.mark.parametrize(
-    ("options", "differing"),
+    ("name", "given", "options", "differing"),
     [
-        ({"source_name": data.SourceName.glyphs}, "name images and not glyphs"),
-        ({"size": 32}, "size 28 and not 32"),
-        ({"seed": 1, "size": 32}, "size 28 and not 32, seed 0 and not 1"),
-        ({"kind": data.Kind.photo}, "kind drawing and not photo"),
+        ("glyphs", {}, {}, "name images and not glyphs"),
+        ("images", {"size": 32}, {}, "size 28 and not 32"),
+        ("images", {"size": 32}, {"seed": 1}, "size 28 and not 32, seed 0 and not 1"),
+        ("images", {"kind": "photo"}, {}, "kind drawing and not photo"),
     ],
 )
 def test_only_the_same_data_set_is_reused(
-    options: dict[str, Any], differing: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    name: str,
+    given: dict[str, Any],
+    options: dict[str, Any],
+    differing: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    out = tmp_path / "out"
-    data.prepare(data.SourceName.images, source=picture_folders(tmp_path / "mine", ["a", "b", "c"]), out=out)
-    data.prepare(data.SourceName.images, out=out, reuse=True)
+    out = str(tmp_path / "out")
+    pictures = picture_folders(tmp_path / "mine", ["a", "b", "c"])
+    data_prepare.prepare("images", {"directory": pictures}, out=out)
+    data_prepare.prepare("images", {}, out=out, reuse=True)
     assert "already there, verified" in " ".join(capsys.readouterr().out.split())
     with pytest.raises(ConfigError, match=rf"out: was prepared with .*{differing}\. Use --overwrite, or another --out"):
-        data.prepare(**{"source_name": data.SourceName.images, "out": out, "reuse": True, **options})
-    (out / "shards" / "00000.parquet").unlink()
+        data_prepare.prepare(name, given, out=out, reuse=True, **options)
+    (tmp_path / "out" / "shards" / "00000.parquet").unlink()
     with pytest.raises(DataError, match="is missing"):
-        data.prepare(data.SourceName.images, out=out, reuse=True)
+        data_prepare.prepare("images", {}, out=out, reuse=True)
 
 
 def test_names_that_look_like_markup(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -559,7 +565,7 @@ def test_names_that_look_like_markup(tmp_path: Path, capsys: pytest.CaptureFixtu
     names = ["[/b]", "[red]x", "[bold]y", *(f"[/i]{i}" for i in range(27))]  # the first is a class in a group
     out = tmp_path / "[red]out" / "[/b]"
     source = picture_folders(tmp_path / "mine", names, count=5)
-    data.prepare(data.SourceName.images, source=source, out=out)
+    data_prepare.prepare("images", {"directory": source}, out=str(out))
     data.verify(out)
     data.show(out, n_way=2, episodes=1, out=(picture := tmp_path / "[/i].png"))
     printed = "".join(capsys.readouterr().out.split())  # lines are broken at the console's width

@@ -1,0 +1,95 @@
+"""The sources of raw data that `metapipe data prepare` knows, each with options of its own.
+
+A new source is a class of options with `open`, beside the source's code, and one line in SOURCES. The command's
+options, its help and its errors come from the fields.
+"""
+
+from __future__ import annotations
+
+import importlib
+from abc import abstractmethod
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from pydantic import Field
+
+from pipeline.config import Section, validate
+from pipeline.errors import ConfigError
+
+if TYPE_CHECKING:
+    from pipeline.datasets.prepare import Source
+
+
+class SourceOptions(Section):
+    """What one source needs to know. Each field is an option of the command, its description the option's help.
+
+    A field `directory` is the command's argument DIR: the folder or file of the raw data.
+    """
+
+    @abstractmethod
+    def open(self, *, seed: int) -> Source:
+        """The source. seed: of what it draws. Raises DataError or ConfigError before anything is read at length."""
+
+    def record(self) -> dict[str, Any]:
+        """What of the options decides the data set's content, for its manifest. Not where the raw data lay."""
+        return self.model_dump(mode="json", exclude={"directory", "download"})
+
+
+class FolderOptions(SourceOptions):
+    """Of a source that reads files."""
+
+    directory: Path | None = Field(None, description="Folder of the official files.")
+
+    def folder(self) -> Path:
+        """Raises ConfigError where none was given."""
+        if self.directory is None:
+            described = type(self).model_fields["directory"].description
+            raise ConfigError(f"DIR is missing: {(described or '').rstrip('.')}.")
+        return self.directory
+
+
+class DownloadOptions(FolderOptions):
+    """Of a source whose files can be fetched as well."""
+
+    download: bool = Field(False, description="Fetch the official files into DIR first (default: raw/ beside --out).")
+
+    def folder(self) -> Path:
+        if self.directory is None:
+            raise ConfigError("DIR is missing: give the folder of the official files, or fetch them with --download.")
+        return self.directory
+
+
+class Entry(NamedTuple):
+    """A line of the registry."""
+
+    help: str
+    options: str  # module:class of its options, imported when the source is asked for
+
+
+SOURCES = {
+    "glyphs": Entry(
+        "Characters of many scripts, drawn here from fonts; nothing to download.",
+        "pipeline.datasets.glyphs:GlyphsOptions",
+    ),
+    "omniglot": Entry(
+        "Omniglot's official archives: 1623 handwritten characters.", "pipeline.datasets.omniglot:OmniglotOptions"
+    ),
+    "images": Entry(
+        "Your own pictures: DIR/CLASS/* or DIR/GROUP/CLASS/*.", "pipeline.datasets.image_folder:ImageFolderOptions"
+    ),
+}
+
+
+def options_of(name: str) -> type[SourceOptions]:
+    """The class of a source's options. Raises ConfigError: no such source."""
+    if name not in SOURCES:
+        raise ConfigError(f"{name}: no such source of data; choose one of {', '.join(SOURCES)}.")
+    module, _, cls = SOURCES[name].options.partition(":")
+    options: type[SourceOptions] = getattr(importlib.import_module(module), cls)
+    return options
+
+
+def read_options(name: str, given: Mapping[str, Any]) -> SourceOptions:
+    """A source's options from what was given. Raises ConfigError: no such source, an unknown option, a wrong value."""
+    return validate(options_of(name), given, source=f"data prepare {name}")
