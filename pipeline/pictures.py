@@ -10,9 +10,21 @@ import numpy as np
 
 from pipeline.movement import Movement
 from pipeline.training.evaluate import MODES, Estimate, Evaluation
+from pipeline.training.journal import CLOCK_METRICS
 from pipeline.types import TaskBatch
 
 DPI = 120
+MOST_IN_A_LEGEND = 12
+COMMON_METRICS = {
+    "step",
+    "time",
+    "outer_lr",
+    "meta_loss",
+    "meta_grad_norm",
+    "skipped_steps",
+    "task_chunk",
+    *CLOCK_METRICS,
+}
 
 
 def new_figure(width: float, height: float) -> Any:
@@ -87,7 +99,7 @@ def adaptation_curve(evaluation: Evaluation, file: Path) -> None:
     axis.set(
         xlabel="adaptation steps",
         ylabel=f"{evaluation.split} {evaluation.score_name}",
-        title=f"{evaluation.episodes} episodes, 95 % interval",
+        title=f"{evaluation.curve_episodes or evaluation.episodes} episodes, 95 % interval",
     )
     axis.legend()
     figure.savefig(file)
@@ -158,6 +170,44 @@ def learned_rates(described: Mapping[str, float], file: Path) -> None:
     names = [step.removeprefix("step") for step in steps]
     axis.set_xticks(range(len(steps)), [name or "every" for name in names])
     axis.set(xlabel="adaptation step", title="learned rates")
+    figure.savefig(file)
+
+
+def own_quantities(records: Sequence[dict[str, Any]]) -> dict[str, dict[str, list[tuple[int, float]]]]:
+    """What only this algorithm tells of its training: panel -> line -> (outer step, value).
+
+    A panel is a metric of every step ("cg_residual", one line) or a kind of what is learned besides the network, with a
+    line for each of its members ("rate": by parameter, "lambda").
+    """
+    panels: dict[str, dict[str, list[tuple[int, float]]]] = {}
+    for record in records:
+        for key, value in record.items():
+            name = key.removeprefix("learned/")
+            kind, _, member = name.partition("/")
+            if key == name and (key in COMMON_METRICS or key.startswith(("val_", "train_"))):
+                continue
+            panels.setdefault(kind, {}).setdefault(member, []).append((record["step"], value))
+    return panels
+
+
+def over_training(records: Sequence[dict[str, Any]], file: Path) -> None:
+    """The algorithm's own quantities by outer step, a panel each. Writes nothing where there are none."""
+    panels = own_quantities(records)
+    if not panels:
+        return
+    columns = min(3, len(panels))
+    rows = -(-len(panels) // columns)
+    figure = new_figure(4.2 * columns, 3.0 * rows)
+    axes = figure.subplots(rows, columns, squeeze=False).flat
+    for (kind, lines), axis in zip(panels.items(), axes, strict=False):
+        for member, points in lines.items():
+            few = len(points) < 50
+            axis.plot(*zip(*points, strict=True), marker="." if few else None, linewidth=0.8, label=member)
+        axis.set(xlabel="outer step", title=kind.replace("_", " "))
+        if 1 < len(lines) <= MOST_IN_A_LEGEND:
+            axis.legend(fontsize=6)
+    for axis in axes:  # that are left
+        axis.set_visible(False)
     figure.savefig(file)
 
 

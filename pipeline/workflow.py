@@ -239,6 +239,7 @@ def evaluate_run(exp: Experiment, run: RunFolder, parts: Components, log: RunLog
         results.write(test, folder / "test.parquet")
         records = journal.read(run.journal)
         pictures.training_curves(records, test.score_name, folder / "curves.png")
+        pictures.over_training(records, folder / "over_training.png")
         pictures.adaptation_curve(test, folder / "adaptation.png")
         pictures.learned_rates(parts.algorithm.describe(state), folder / "rates.png")
         moved = movement.measure(parts.algorithm, parts.family, state, chunk=chunk)

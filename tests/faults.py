@@ -16,7 +16,7 @@ from pipeline import initial, launch, runs
 from pipeline.experiment import Experiment
 from pipeline.runs import RunFolder
 from pipeline.training import journal
-from pipeline.training.loop import CLOCK_METRICS
+from pipeline.training.journal import CLOCK_METRICS
 from pipeline.types import Params
 
 DRIVER = """

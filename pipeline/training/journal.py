@@ -23,6 +23,17 @@ from pipeline.storage import Location, ObjectPath
 FLUSH_SECONDS = 0.5
 OBJECT_SECONDS = 5.0  # an object store is written less often: each time is a request of its own
 
+# Metrics that tell of the machine and not of the training: a repeated step has others.
+CLOCK_METRICS = (
+    "tasks_per_second",
+    "step_seconds",
+    "all_reduce_seconds",
+    "compute_seconds_mean",
+    "compute_seconds_max",
+    "slowest_rank",
+    "num_workers",
+)
+
 Record = dict[str, Any]
 
 

@@ -30,17 +30,6 @@ from pipeline.training.queue import Fetched, seconds_between
 from pipeline.training.step import QueuedGradient, Told, queue_gradient, slots_of_rank
 from pipeline.types import MetaState, TaskBatch
 
-# Metrics that tell of the machine and not of the training: a repeated step has others.
-CLOCK_METRICS = (
-    "tasks_per_second",
-    "step_seconds",
-    "all_reduce_seconds",
-    "compute_seconds_mean",
-    "compute_seconds_max",
-    "slowest_rank",
-    "num_workers",
-)
-
 
 def train(context: Context, experiment: Experiment, run: RunFolder) -> None:
     """Train from the run's latest checkpoint, or from the start, to the last step.

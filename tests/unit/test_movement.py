@@ -145,3 +145,18 @@ def test_validations_log_what_was_learned(tiny_data: Path, tmp_path: Path) -> No
         assert ("learned/rate/head.weight" in record) == ("val_accuracy_inductive" in record)
     rates = run.checkpoints.load_meta(exp.training.steps).params["meta_sgd/rate/head.weight"]
     assert records[-1]["learned/rate/head.weight"] == pytest.approx(float(rates.mean()))
+
+
+def test_the_algorithms_own_quantities_by_outer_step(tmp_path: Path) -> None:
+    common = {"time": 1, "meta_loss": 0.5, "train_accuracy": 0.5, "tasks_per_second": 9.0, "outer_lr": 1.0}
+    records: list[dict[str, Any]] = [{"step": step, **common, "cg_residual": 1 / step} for step in (1, 2)]
+    records[1] |= {"val_accuracy_inductive": 0.3, "learned/rate/a": 0.1, "learned/rate/b": 0.2, "learned/lambda": 2.0}
+    assert pictures.own_quantities(records) == {
+        "cg_residual": {"": [(1, 1.0), (2, 0.5)]},
+        "rate": {"a": [(2, 0.1)], "b": [(2, 0.2)]},
+        "lambda": {"": [(2, 2.0)]},
+    }
+    pictures.over_training(records, tmp_path / "own.png")
+    assert (tmp_path / "own.png").stat().st_size > 1000
+    pictures.over_training([{"step": 1, **common}], tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()
