@@ -152,7 +152,8 @@ def evaluate(
 ) -> Evaluation:
     """Evaluate on `episodes` fixed episodes, shared among the context's ranks; every rank gets the whole result.
 
-    steps: adaptation steps, by default the algorithm's own for evaluation. chunk: episodes adapted at once (None: 32).
+    steps: adaptation steps, by default the algorithm's own for evaluation. chunk: episodes adapted at once (None: 32);
+    half as many from where a GPU's memory does not hold them.
     curve_episodes: score the queries of the first so many episodes after every step, of the others after the last step
     alone: with tens of steps that takes longer than adapting. None: of all after every step.
     last_only: score the queries after the last adaptation step alone, [E, M, 1]: validation needs no more.
@@ -167,8 +168,8 @@ def evaluate(
     results = torch.zeros(2, episodes, len(MODES), scored, dtype=torch.float64, device=context.device)
     if last_only or (curve_episodes is not None and curve_episodes >= episodes):
         curve_episodes = None
-    mine = torch.arange(episodes)[context.rank :: context.world_size]
-    for slots in mine.split(chunk or EPISODES_AT_ONCE) if len(mine) else ():
+
+    def score(slots: Tensor) -> None:
         at_the_end = last_only or (curve_episodes is not None and int(slots[0]) >= curve_episodes)
         batch = family.sample(split, 0, slots, seed=seed)
         rows = slots.to(context.device)
@@ -194,6 +195,19 @@ def evaluate(
         if keep_predictions and batch.classes is not None:
             told = (batch.classes, batch.query_y, torch.stack(answers, dim=1))
             kept.append(Predictions(*(part.to("cpu", torch.int32) for part in told)))
+
+    mine = torch.arange(episodes)[context.rank :: context.world_size]
+    at_once, done = chunk or EPISODES_AT_ONCE, 0
+    while done < len(mine):
+        slots = mine[done : done + at_once]
+        try:
+            score(slots)
+        except torch.OutOfMemoryError:
+            if len(slots) == 1:
+                raise
+            at_once = len(slots) // 2
+            continue
+        done += len(slots)
     if context.world_size > 1:
         context.all_reduce(results)
     if curve_episodes is not None:

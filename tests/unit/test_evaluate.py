@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 from pipeline import experiment as experiments
 from pipeline.training.evaluate import Estimate, Evaluation, evaluate
+from pipeline.types import Adapted, MetaState
 from tests.faults import experiment
 
 
@@ -44,3 +47,34 @@ def test_fewer_steps_are_scored_as_among_all(tiny_data: Path, tmp_path: Path) ->
     assert some.loss("inductive") == whole.loss("inductive")
     assert some.loss("inductive", 1) == Estimate.of(whole.losses[:3, 0, 1])
     assert some.to_dict()["episodes_before_the_last_step"] == 3
+
+
+def test_episodes_that_memory_does_not_hold_are_scored_in_smaller_chunks(tiny_data: Path, tmp_path: Path) -> None:
+    parts = experiments.build(experiment(tmp_path, tiny_data), device=torch.device("cpu"))
+    state, sizes = parts.algorithm.init(0), []
+
+    class Small:
+        """Holds two episodes at once."""
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(parts.algorithm, name)
+
+        def adaptation_path(self, state: MetaState, x: torch.Tensor, *rest: Any, **how: Any) -> Iterator[Adapted]:
+            sizes.append(len(x))
+            if len(x) > most:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return parts.algorithm.adaptation_path(state, x, *rest, **how)
+
+    def scored(algorithm: Any) -> Evaluation:
+        how: dict[str, Any] = {"split": "meta_val", "seed": 1, "episodes": 7, "data_digest": "x", "chunk": 5}
+        return evaluate(algorithm, parts.family, state, keep_predictions=True, **how)
+
+    most = 2
+    small, whole = scored(Small()), scored(parts.algorithm)
+    assert sizes == [5, 2, 2, 2, 1]
+    torch.testing.assert_close(small.losses, whole.losses)
+    assert small.predictions is not None
+    assert len(small.predictions.answers) == 7
+    most = 0
+    with pytest.raises(torch.OutOfMemoryError):
+        scored(Small())
