@@ -6,7 +6,7 @@
 
 Every contender gets the same episodes, the same network with the same parameters and the same inner steps. First all
 meta-gradients are compared in float64 with the sequential loop of stock PyTorch, and a difference beyond 1e-10 ends
-the benchmark; mixed precision, which has no float64, shows the cosine of its gradient with the reference instead.
+the benchmark; mixed precision and TF32, which have no float64, show the cosine of their gradient with the reference.
 Then all take turns in float32 (A B C A B C …), a plain matrix product among them, so that every ratio is one of
 neighbours in time. Peak memory and operator counts come from a fresh process per contender.
 """
@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from pipeline import experiment as experiments
+from pipeline import kernels
 from pipeline.errors import UserError
 from pipeline.experiment import Components, Experiment
 from pipeline.training.compiled import Compiled
@@ -50,6 +51,12 @@ CONV4_PATHS: dict[str, Settings] = {
     "native": {"kernel": "native"},
     "native, mixed": {"kernel": "native", "precision": "mixed"},
 }
+CONV4_PATHS_ON_A_GPU: dict[str, Settings] = {
+    "closed": {"kernel": "closed", "use_gpu": True},
+    "closed, compiled": {"kernel": "closed", "use_gpu": True, "compile": True},
+    "closed, TF32": {"kernel": "closed", "use_gpu": True, "tf32": True},
+    "closed, mixed": {"kernel": "closed", "use_gpu": True, "precision": "mixed"},
+}
 MLP_PATHS: dict[str, Settings] = {"eager": {"compile": False}, "compiled": {"compile": True}}
 
 
@@ -70,10 +77,11 @@ class Case:
             return f"sinusoid-{self.steps}s-{order}"
         return f"conv4-{self.network}-{self.n_way}w-{self.steps}s-{order}"
 
-    @property
-    def paths(self) -> dict[str, Settings]:
+    def paths(self, device: torch.device) -> dict[str, Settings]:
         """Our contenders."""
-        return MLP_PATHS if self.network == "sinusoid" else CONV4_PATHS
+        if self.network == "sinusoid":
+            return MLP_PATHS
+        return CONV4_PATHS if device.type == "cpu" else CONV4_PATHS_ON_A_GPU
 
     def experiment(self, data: str, dtype: torch.dtype, settings: Settings) -> Experiment:
         """What a user would write to train this. Raises ConfigError: settings that do not go together."""
@@ -117,16 +125,31 @@ class Bench:
     device: torch.device
     threads: int
 
+    @property
+    def paths(self) -> dict[str, Settings]:
+        return self.case.paths(self.device)
+
     def contenders(self) -> dict[str, Callable[[torch.dtype], Step]]:
         """Name -> what makes its step in a dtype. All may raise where a contender is not to be had here."""
         of_others = {**peers.PYTORCH, **peers.LIBRARIES}
         return {
             **{name: partial(self._peer, make) for name, make in of_others.items()},
-            **{name: partial(self._ours, settings) for name, settings in self.case.paths.items()},
+            **{name: partial(self._ours, settings) for name, settings in self.paths.items()},
         }
 
     def _peer(self, make: Callable[[Problem], Step], dtype: torch.dtype) -> Step:
-        return make(self.problem(dtype))
+        return self._in_turn(make(self.problem(dtype)), tf32=False)
+
+    def _in_turn(self, step: Step, *, tf32: bool) -> Step:
+        """TF32 is the whole process's, and contenders take turns."""
+        if self.device.type == "cpu":
+            return step
+
+        def with_own_tf32() -> Params:
+            kernels.allow_tf32(tf32)
+            return step()
+
+        return with_own_tf32
 
     def problem(self, dtype: torch.dtype) -> Problem:
         experiment = self.case.experiment(self.data, dtype, {})
@@ -159,7 +182,11 @@ class Bench:
         context = LocalContext(self.device)
         chunk = experiments.task_chunk(experiment, parts, self.device)
         algorithm = Compiled(parts.algorithm) if experiment.training.compile else parts.algorithm
-        return lambda: global_gradient(context, algorithm, state, batch, step=0, chunk=chunk).grads
+
+        def step() -> Params:
+            return global_gradient(context, algorithm, state, batch, step=0, chunk=chunk).grads
+
+        return self._in_turn(step, tf32=experiment.training.tf32)
 
 
 def _class_split(data: str) -> str:
@@ -177,13 +204,14 @@ def compare(bench: Bench, notes: list[str]) -> dict[str, str]:
     expected = _flat(makers[REFERENCE](torch.float64)())
     agreement = {}
     for name, make in makers.items():
-        mixed = bench.case.paths.get(name, {}).get("precision") == "mixed"
+        settings = bench.paths.get(name, {})
+        rounded = settings.get("precision") == "mixed" or settings.get("tf32", False)  # neither exists in float64
         try:
-            found = _flat(make(torch.float32 if mixed else torch.float64)())
+            found = _flat(make(torch.float32 if rounded else torch.float64)())
         except (UserError, ImportError, RuntimeError, NotImplementedError) as error:
             notes.append(f"{name} is left out: {' '.join(str(error).split())[:160]}")
             continue
-        if mixed:
+        if rounded:
             agreement[name] = f"cosine {torch.cosine_similarity(found, expected, dim=0):.5f}"
             continue
         difference = float((found - expected).norm() / expected.norm())
@@ -214,7 +242,7 @@ def run(bench: Bench, *, rounds: int, probe: bool, notes: list[str]) -> list[rep
         row = {
             "case": bench.case.name,
             "contender": name,
-            "ours": name in bench.case.paths,
+            "ours": name in bench.paths,
             "seconds": time._asdict(),
             "tasks_per_second": bench.case.tasks / time.median,
             "best_library": library,
