@@ -5,16 +5,15 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pipeline.training.evaluate import EPISODES_AT_ONCE
+from pipeline.training.evaluate import episode_batches
 from pipeline.types import Split, TaskFamily
 
 
 def nearest_neighbour(family: TaskFamily, *, split: Split, seed: int, episodes: int) -> Tensor:
     """Accuracy [episodes] of labelling each query like its nearest support example (Euclidean, on the inputs)."""
-    scores = []
-    for slots in torch.arange(episodes).split(EPISODES_AT_ONCE):
-        batch = family.sample(split, 0, slots, seed=seed)
+    scores = torch.zeros(episodes, dtype=torch.float64)
+    for slots, batch in episode_batches(family, split, torch.arange(episodes), seed=seed, chunk=None):
         distances = torch.cdist(batch.query_x.flatten(2), batch.support_x.flatten(2))  # [T, Q, S]
         predicted = batch.support_y.gather(1, distances.argmin(dim=2))
-        scores.append((predicted == batch.query_y).to(torch.float64).mean(dim=1))
-    return torch.cat(scores).cpu()
+        scores[slots] = (predicted == batch.query_y).to(torch.float64).mean(dim=1).cpu()
+    return scores

@@ -126,12 +126,15 @@ def report(evaluation: Evaluation, family: ImageTasks, mode: Normalization) -> C
     entries = family.entries(evaluation.split)
     groups = sorted({entry.group for entry in entries})
     group_of = np.array([groups.index(entry.group) for entry in entries])
-    classes = predictions.classes.numpy().astype(np.int64) % len(entries)  # of meta-training, perhaps, turned ones
+    classes = predictions.classes.numpy().astype(np.int64)
+    held = classes >= 0
+    classes = classes % len(entries)  # of meta-training, perhaps, turned ones
     labels = predictions.labels.numpy().astype(np.int64)
     answers = predictions.answers[:, MODES.index(mode)].numpy().astype(np.int64)  # [E, Q]
     episodes, n_way = classes.shape
     counts = np.zeros((episodes, n_way, n_way), dtype=np.int64)  # queries of a label, and what they were answered
-    np.add.at(counts, (np.arange(episodes)[:, None], labels, answers), 1)
+    of_episode, query = np.nonzero(labels >= 0)
+    np.add.at(counts, (of_episode, labels[of_episode, query], answers[of_episode, query]), 1)
     asked = counts.sum(axis=2)
     right = np.diagonal(counts, axis1=1, axis2=2)
     episode = np.broadcast_to(np.arange(episodes)[:, None], classes.shape)
@@ -139,7 +142,8 @@ def report(evaluation: Evaluation, family: ImageTasks, mode: Normalization) -> C
     def shares(units: np.ndarray, number: int) -> Shares:
         return clustered(units[classes].ravel(), episode.ravel(), right.ravel(), asked.ravel(), number)
 
-    e, true, given = np.nonzero(np.broadcast_to(~np.eye(n_way, dtype=bool), counts.shape))
+    both = held[:, :, None] & held[:, None, :]
+    e, true, given = np.nonzero(both & ~np.eye(n_way, dtype=bool))
     a, b, confused, chances = classes[e, true], classes[e, given], counts[e, true, given], asked[e, true]
     return ClassReport(
         mode,
@@ -150,7 +154,7 @@ def report(evaluation: Evaluation, family: ImageTasks, mode: Normalization) -> C
         of_group=shares(group_of, len(groups)),
         relation=clustered(group_of[a] * len(groups) + group_of[b], e, confused, chances, len(groups) ** 2),
         pairs=_pairs(a, b, confused, chances, [entry.name for entry in entries]),
-        queries=float(asked.mean()),
+        queries=float(asked[held].mean()),
     )
 
 

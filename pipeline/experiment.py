@@ -255,6 +255,11 @@ def build(experiment: Experiment, *, device: torch.device) -> Components:
     if device.type == "cuda":
         kernels.allow_tf32(experiment.training.tf32)
     algorithm = experiment.algorithm.build(model=model, objective=family.objective, train_classes=family.train_classes)
+    if experiment.training.compile and family.variable_shapes:
+        raise ConfigError(
+            "training.compile: a program is for one shape of episodes, and with this task their shape changes from "
+            "outer step to outer step. Set training.compile to false, or give the task one shape."
+        )
     n_way = family.description.get("n_way") or 0
     if n_way > family.num_outputs and not algorithm.any_way:
         raise ConfigError(

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.training.evaluate import EPISODES_AT_ONCE, SELECTION_SEED
+from pipeline.training.evaluate import SELECTION_SEED, episode_batches
 from pipeline.types import Algorithm, MetaState, Params, Split, TaskFamily
 
 SPLIT: Split = "meta_val"
@@ -65,8 +65,7 @@ def measure(
     if algorithm.eval_steps == 0:
         return None
     pieces = []
-    for slots in torch.arange(episodes).split(chunk or EPISODES_AT_ONCE):
-        batch = family.sample(SPLIT, 0, slots, seed=SELECTION_SEED)
+    for _, batch in episode_batches(family, SPLIT, torch.arange(episodes), seed=SELECTION_SEED, chunk=chunk):
         path = algorithm.adaptation_path(
             state,
             batch.support_x,

@@ -29,7 +29,7 @@ papers report), or by statistics that do not depend on it (inductive: one answer
 class TaskBatch(NamedTuple):
     """Episodes, stacked over tasks. A pytree."""
 
-    support_x: Tensor  # [T, S, ...]
+    support_x: Tensor  # [T, S, ...], in which classes may differ in shots
     support_y: Tensor  # [T, S] class labels, or [T, S, D] regression targets
     query_x: Tensor  # [T, Q, ...]
     query_y: Tensor  # [T, Q] or [T, Q, D]
@@ -109,13 +109,26 @@ class TaskFamily(Protocol):
     description: dict[str, Any]  # of its evaluation episodes, for results
     weighting: ClassWeighting | None  # of meta-training's classes; None: they are uniform
     prefetch: bool  # True if sampling waits for a disk, so that the loop should sample one step ahead
+    variable_shapes: bool  # whether meta-training's episodes have other shapes from outer step to outer step
+    sets: tuple[
+        str, ...
+    ]  # data sets that evaluation takes in turn, slot i from sets[i % len(sets)]; () where it is one
 
     def sample(self, split: Split, step: int, slots: Tensor, *, seed: int, weights: Tensor | None = None) -> TaskBatch:
         """The episodes of `slots` (int64 [T]): a pure function of (seed, split, step, slot, weights).
 
         weights: float64 [train_classes], how often a class is drawn relative to the others, in meta-training and where
         there are classes; None: equally often. Slots lie on the CPU, with weights on the family's device.
+        In meta-training the episodes of a step have one shape; elsewhere those have that `alike` puts together.
         """
+        ...
+
+    def alike(self, split: Split, slots: Tensor) -> list[Tensor]:
+        """Slots of one step of a part (int64, on the CPU) in groups of one shape each, which `sample` takes at once."""
+        ...
+
+    def largest(self, tasks: int, *, seed: int) -> TaskBatch:
+        """Episodes of the largest shape that meta-training has: what memory must hold."""
         ...
 
 

@@ -247,7 +247,8 @@ def evaluate_run(exp: Experiment, run: RunFolder, parts: Components, log: RunLog
             (folder / "movement.json").write_text(json.dumps(moved.to_dict(), indent=1) + "\n")
             pictures.movement(moved, folder / "movement.png")
         if isinstance(parts.family, ImageTasks):
-            batch = parts.family.sample("meta_val", 0, torch.arange(4), seed=SELECTION_SEED)
+            slots = parts.family.alike("meta_val", torch.arange(4))[0]
+            batch = parts.family.sample("meta_val", 0, slots, seed=SELECTION_SEED)
             pictures.episodes(batch, folder / "episodes.png")
             classes = class_report.write(test, parts.family, folder, mode=exp.evaluation.selection_mode)
         further = _curves(exp, parts, state, folder)

@@ -343,14 +343,16 @@ def in_order(x: Tensor, order: Tensor) -> Tensor:
 
 
 def by_instance(outputs: Tensor, labels: Tensor, num_labels: int) -> Tensor:
-    """The accuracy at the first, second, … example of a label, which all labels have as many of.
+    """The accuracy at the first, second, … example of a label, over the labels that have as many.
 
-    outputs [T, L, W], labels [T, L] in the order they came -> [T, L / num_labels].
+    outputs [T, L, W], labels [T, L] in the order they came -> [T, L / num_labels]: so many at least one label has.
     """
-    numbers = instance_numbers(labels, num_labels)
+    shown = labels.shape[1] // num_labels
+    numbers = instance_numbers(labels, num_labels).clamp(max=shown + 1)
     correct = (outputs.argmax(-1) == labels).to(outputs.dtype)
-    sums = outputs.new_zeros(len(labels), labels.shape[1] // num_labels + 1)
-    return sums.scatter_add(1, numbers, correct)[:, 1:] / num_labels
+    zeros = outputs.new_zeros(len(labels), shown + 2)
+    sums, counts = zeros.scatter_add(1, numbers, correct), zeros.scatter_add(1, numbers, torch.ones_like(correct))
+    return (sums / counts)[:, 1:-1]
 
 
 def perplexity(weights: Tensor) -> Tensor:

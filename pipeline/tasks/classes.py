@@ -2,15 +2,15 @@
 
 A subclass is one modality: it says how the drawn examples become inputs (`_inputs`).
 
-Shapes: T tasks · W n_way · K k_shot · S n_way·k_shot · Q n_way·n_query.
+Shapes: T tasks · W n_way · S support · Q query examples.
 """
 
 from __future__ import annotations
 
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from pipeline.config import Section
@@ -21,6 +21,15 @@ from pipeline.tasks.ahead import StepsAhead
 from pipeline.tasks.difficulty import ClassDifficulty, DifficultyConfig
 from pipeline.tasks.objectives import Classification
 from pipeline.tasks.sampler import EpisodeIndices, sample_indices
+from pipeline.tasks.shapes import (
+    OneShape,
+    Shape,
+    UnequalEpisodes,
+    VariableConfig,
+    key_of_episode,
+    key_of_step,
+    sample_unequal,
+)
 from pipeline.types import SPLITS, Split, TaskBatch
 
 
@@ -37,6 +46,14 @@ class ClassTasksConfig(Section):
     eval_n_query: int = Field(default=15, ge=1)  # query examples per class in validation and test
     memory_limit_mb: int = Field(default=2048, ge=0)  # larger data sets stay memory-mapped
     difficulty: DifficultyConfig | None = None  # draws hard classes of meta-training more often; None: all equally
+    variable: VariableConfig | None = None
+    # classes and shots vary as in Meta-Dataset: n_way is the most classes, k_shot is evaluation's. None: they are fixed
+
+    @model_validator(mode="after")
+    def _variable_shapes_fit(self) -> Self:
+        if self.variable is not None:
+            self.variable.check(self.n_way, self.eval_n_way or self.n_way)
+        return self
 
     def absolute(self) -> Self:
         """With an absolute data path: workers run in another folder."""
@@ -57,6 +74,7 @@ class ClassTasksConfig(Section):
             )
         members = [manifest.classes[i] for i in manifest.members(self.split, split)]
         n_way, k_shot, n_query = self.episode(split)
+        k_shot = 1 if self.varies(split) else k_shot
         in_training = split == "meta_train"
         if len(members) < n_way:
             key = "n_way" if in_training or self.eval_n_way is None else "eval_n_way"
@@ -79,8 +97,20 @@ class ClassTasksConfig(Section):
             return self.n_way, self.k_shot, self.n_query
         return self.eval_n_way or self.n_way, self.eval_k_shot or self.k_shot, self.eval_n_query
 
+    def varies(self, split: Split) -> bool:
+        """Whether the episodes of a part differ in shape."""
+        return self.variable is not None and (split == "meta_train" or self.variable.evaluation)
 
-class ClassTasks:
+
+class Store(Protocol):
+    """Examples of a data set, by class and number."""
+
+    def gather(self, classes: Tensor, examples: Tensor) -> Tensor:
+        """Class numbers [T, W] and example numbers [T, W, E] -> [T, W, E, ...] on the device."""
+        ...
+
+
+class ClassTasks(OneShape):
     """Task family: the label of an example is its class's position in the episode.
 
     A subclass sets `input_shape`, and `prefetch` where its examples do not lie in memory.
@@ -102,6 +132,10 @@ class ClassTasks:
             "class_split": config.split,
             **dict(zip(("n_way", "k_shot", "n_query"), config.episode("meta_test"), strict=True)),
         }
+        if config.varies("meta_test"):
+            self.description |= {"k_shot": "variable", "variable": config.variable.model_dump(mode="json")}
+        self.variable_shapes = config.varies("meta_train")
+        self._sizes: dict[Split, tuple[int, int]] = {}  # of the smallest and the largest class
         self._members: dict[Split, Tensor] = {}
         self._counts: dict[Split, Tensor] = {}
         counts = torch.tensor([entry.count for entry in self.manifest.classes], device=device)
@@ -110,6 +144,8 @@ class ClassTasks:
             members = torch.tensor(self.manifest.members(config.split, split), device=device)
             self._members[split] = members
             self._counts[split] = counts[members]
+            sizes = [entry.count for entry in self.entries(split)]
+            self._sizes[split] = min(sizes), max(sizes)
         self.train_classes = len(self._members["meta_train"]) * self._copies("meta_train")
         self.weighting = (
             ClassDifficulty(config.difficulty, classes=self.train_classes, device=device) if config.difficulty else None
@@ -129,23 +165,80 @@ class ClassTasks:
 
         Raises DataError: a shard that is damaged when it is read (memory-mapped sets).
         """
+        if self.config.varies(split):
+            if split == "meta_train":
+                key = key_of_step(seed, split, step)
+            else:
+                (slot,) = slots.tolist()  # see `alike`
+                key = key_of_episode(seed, split, step, slot)
+            return self._of_shape(self._shape(split, key), split, step, slots, seed=seed, weights=weights)
         if weights is None:
             indices = self._indices(split, step, slots, seed=seed)
         else:  # those of later steps are not known yet
             indices = self._draw(split, seed, step, slots.to(self.device), weights)
-        support_x, query_x = self._inputs(split, indices)
-        return TaskBatch(
-            support_x=support_x,
-            support_y=self._labels(indices.support),
-            query_x=query_x,
-            query_y=self._labels(indices.query),
-            keys=indices.keys,
-            classes=indices.classes,
-        )
+        return self._batch(split, indices)
 
-    def _inputs(self, split: Split, indices: EpisodeIndices) -> tuple[Tensor, Tensor]:
+    def alike(self, split: Split, slots: Tensor) -> list[Tensor]:
+        each = split != "meta_train" and self.config.varies(split)
+        return list(slots.split(1)) if each else [slots]
+
+    def largest(self, tasks: int, *, seed: int) -> TaskBatch:
+        slots = torch.arange(tasks)
+        if not self.variable_shapes:
+            return self.sample("meta_train", 0, slots, seed=seed)
+        return self._of_shape(self._shape("meta_train", None), "meta_train", 0, slots, seed=seed)
+
+    def _shape(self, split: Split, key: Tensor | None) -> Shape:
+        """Drawn by a key; None: the largest one."""
+        n_way, _, n_query = self.config.episode(split)
+        return self.config.variable.shape(n_way=n_way, n_query=n_query, smallest=self._sizes[split][0], key=key)
+
+    def _of_shape(
+        self, shape: Shape, split: Split, step: int, slots: Tensor, *, seed: int, weights: Tensor | None = None
+    ) -> TaskBatch:
+        """Episodes of one shape, whose classes may differ in shots."""
+        episodes = sample_unequal(
+            seed=seed,
+            split=split,
+            step=step,
+            slots=slots.to(self.device),
+            class_counts=self._counts[split].repeat(self._copies(split)),
+            largest=self._sizes[split][1],
+            shape=shape,
+            imbalance=self.config.variable.imbalance,
+            turn_classes=self._turns_classes(split),
+            class_weights=weights,
+        )
+        return self._batch(split, episodes)
+
+    def _batch(self, split: Split, indices: EpisodeIndices | UnequalEpisodes) -> TaskBatch:
+        support_x, query_x = self._inputs(split, indices)
+        labels = torch.arange(indices.classes.shape[1], device=self.device).expand_as(indices.classes)
+        support_y, query_y = self._of_examples(labels, indices)
+        return TaskBatch(support_x, support_y, query_x, query_y, indices.keys, indices.classes)
+
+    def _inputs(self, split: Split, indices: EpisodeIndices | UnequalEpisodes) -> tuple[Tensor, Tensor]:
         """The network's inputs [T, S, *input_shape] and [T, Q, *input_shape], each class's examples in a row."""
         raise NotImplementedError
+
+    def _gathered(self, store: Store, split: Split, indices: EpisodeIndices | UnequalEpisodes) -> tuple[Tensor, Tensor]:
+        """The drawn examples as they are stored, [T, S, ...] and [T, Q, ...]."""
+        members = self._members[split]
+        classes = members[indices.classes % len(members)]
+        if isinstance(indices, UnequalEpisodes):
+            rows = store.gather(classes.gather(1, indices.labels), indices.examples.unsqueeze(-1)).squeeze(2)
+            return rows[:, : indices.support], rows[:, indices.support :]
+        rows = store.gather(classes, torch.cat([indices.support, indices.query], dim=-1))
+        shots = indices.support.shape[-1]
+        return rows[:, :, :shots].flatten(1, 2), rows[:, :, shots:].flatten(1, 2)
+
+    def _of_examples(self, values: Tensor, indices: EpisodeIndices | UnequalEpisodes) -> tuple[Tensor, Tensor]:
+        """A value for each class of the episodes [T, W] -> for each example: [T, S] and [T, Q]."""
+        if isinstance(indices, UnequalEpisodes):
+            each = values.gather(1, indices.labels)
+            return each[:, : indices.support], each[:, indices.support :]
+        shots, queries = indices.support.shape[-1], indices.query.shape[-1]
+        return values.repeat_interleave(shots, dim=1), values.repeat_interleave(queries, dim=1)
 
     def _copies(self, split: Split) -> int:
         """How many classes to draw from each class of the data set makes."""
@@ -171,9 +264,3 @@ class ClassTasks:
             turn_classes=self._turns_classes(split),
             class_weights=weights,
         )
-
-    def _labels(self, examples: Tensor) -> Tensor:
-        """Example numbers [T, W, E] -> int64 [T, W·E]."""
-        tasks, n_way, count = examples.shape
-        labels = torch.arange(n_way, device=self.device).view(1, n_way, 1)
-        return labels.expand(tasks, n_way, count).flatten(1)

@@ -3,7 +3,7 @@
 Small data sets live on the device as one uint8 tensor; larger ones stay in memory-mapped shards, are gathered on
 the CPU and sampled one step ahead by the training loop.
 
-Shapes: T tasks · W n_way · K k_shot · Q n_query · C H W of one image.
+Shapes: T tasks · W n_way · S support · Q query examples · C H W of one image.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from pipeline.errors import DataError
 from pipeline.tasks import shards
 from pipeline.tasks.classes import ClassTasks, ClassTasksConfig
 from pipeline.tasks.sampler import EpisodeIndices
+from pipeline.tasks.shapes import UnequalEpisodes
 from pipeline.types import Split
 
 
@@ -57,24 +58,25 @@ class ImageTasks(ClassTasks):
         rows = torch.arange(min(count, fewest), device=self.device).expand(1, len(classes), -1)
         return self._images.gather(self._members[split][numbers].unsqueeze(0), rows)[0]
 
-    def pixels(self, split: Split, step: int, slots: Tensor, *, seed: int) -> Tensor:
-        """The episodes' images as they are stored: uint8 [T, W, K + Q, C, H, W], each class's support first."""
+    def pixels(self, split: Split, step: int, slots: Tensor, *, seed: int) -> tuple[Tensor, Tensor]:
+        """The episodes' images as they are stored: uint8 [T, S, C, H, W] and [T, Q, C, H, W], of fixed shapes."""
         return self._pixels(split, self._indices(split, step, slots, seed=seed))
 
-    def _inputs(self, split: Split, indices: EpisodeIndices) -> tuple[Tensor, Tensor]:
-        images = self._pixels(split, indices)
-        shots = indices.support.shape[-1]
-        return self._scaled(images[:, :, :shots]), self._scaled(images[:, :, shots:])
+    def _inputs(self, split: Split, indices: EpisodeIndices | UnequalEpisodes) -> tuple[Tensor, Tensor]:
+        support, query = self._pixels(split, indices)
+        return self._scaled(support), self._scaled(query)
 
-    def _pixels(self, split: Split, indices: EpisodeIndices) -> Tensor:
+    def _pixels(self, split: Split, indices: EpisodeIndices | UnequalEpisodes) -> tuple[Tensor, Tensor]:
+        images = self._gathered(self._images, split, indices)
         rotations = self._rotations(split)
-        num_members = len(self._members[split])
-        classes = self._members[split][indices.classes % num_members]
-        images = self._images.gather(classes, torch.cat([indices.support, indices.query], dim=-1))
         if rotations == "none":
             return images
-        turns = indices.turns if rotations == "per_class" else indices.classes // num_members
-        return rotate(images, turns[:, :, None, None, None, None])
+        turns = indices.turns if rotations == "per_class" else indices.classes // len(self._members[split])
+        of_support, of_query = self._of_examples(turns, indices)
+        return (
+            rotate(images[0], of_support[:, :, None, None, None]),
+            rotate(images[1], of_query[:, :, None, None, None]),
+        )
 
     def _rotations(self, split: Split) -> str:
         return self.config.rotations if split == "meta_train" else "none"  # test tasks are the data set's own
@@ -86,8 +88,8 @@ class ImageTasks(ClassTasks):
         return self._rotations(split) == "per_class"
 
     def _scaled(self, images: Tensor) -> Tensor:
-        """uint8 [T, W, E, C, H, W] -> 0…1 [T, W·E, C, H, W], written once: the division is in place."""
-        return images.to(self.dtype).flatten(1, 2).div_(255)
+        """uint8 [T, N, C, H, W] -> 0…1, written once: the division is in place."""
+        return images.to(self.dtype).div_(255)
 
 
 def rotate(images: Tensor, turns: Tensor) -> Tensor:

@@ -78,19 +78,31 @@ def sample_indices(
     all that is returned has an axis B in front of T. `turn_classes` draws a number of quarter turns per class and task.
     """
     episode = keys.of_episodes(seed, SPLITS.index(split), step, slots)  # [T]
+    classes = draw_classes(episode, class_counts, n_way, class_weights)
+    examples = draw_without_replacement(
+        keys.uniform(example_keys(episode, n_way), k_shot + n_query), class_counts[classes]
+    )
+    turns = draw_turns(episode, n_way) if turn_classes else torch.zeros_like(classes)
+    return EpisodeIndices(classes, examples[..., :k_shot], examples[..., k_shot:], turns, episode)
+
+
+def draw_classes(episode: Tensor, class_counts: Tensor, n_way: int, class_weights: Tensor | None) -> Tensor:
+    """The classes int64 [T, W] of episodes by their keys [T], as `sample_indices` has them."""
     class_uniforms = keys.uniform(keys.fold(episode, _CLASSES), n_way)
     if class_weights is None:
-        classes = draw_without_replacement(class_uniforms, len(class_counts))
-    else:
-        arrivals = keys.uniform(keys.fold(episode, _ARRIVALS), len(class_counts))
-        classes = draw_weighted(arrivals, class_weights, n_way)
-        order = draw_without_replacement(class_uniforms, n_way)  # or the first labels would have the hardest classes
-        classes = classes.gather(-1, order)
-    positions = torch.arange(n_way, device=slots.device)
-    per_class = keys.fold(keys.fold(episode, _EXAMPLES).unsqueeze(-1), positions)  # [T, W]
-    examples = draw_without_replacement(keys.uniform(per_class, k_shot + n_query), class_counts[classes])
-    if turn_classes:
-        turns = keys.below(keys.uniform(keys.fold(episode, _TURNS), n_way), 4)
-    else:
-        turns = torch.zeros_like(classes)
-    return EpisodeIndices(classes, examples[..., :k_shot], examples[..., k_shot:], turns, episode)
+        return draw_without_replacement(class_uniforms, len(class_counts))
+    arrivals = keys.uniform(keys.fold(episode, _ARRIVALS), len(class_counts))
+    classes = draw_weighted(arrivals, class_weights, n_way)
+    order = draw_without_replacement(class_uniforms, n_way)  # or the first labels would have the hardest classes
+    return classes.gather(-1, order)
+
+
+def example_keys(episode: Tensor, n_way: int) -> Tensor:
+    """By which the examples of each of an episode's classes are drawn: [T] -> [T, W]."""
+    positions = torch.arange(n_way, device=episode.device)
+    return keys.fold(keys.fold(episode, _EXAMPLES).unsqueeze(-1), positions)
+
+
+def draw_turns(episode: Tensor, n_way: int) -> Tensor:
+    """Quarter turns int64 [T, W] of the classes of episodes by their keys [T]."""
+    return keys.below(keys.uniform(keys.fold(episode, _TURNS), n_way), 4)

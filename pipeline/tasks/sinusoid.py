@@ -18,6 +18,7 @@ from pipeline import keys
 from pipeline.config import Section
 from pipeline.tasks.ahead import StepsAhead
 from pipeline.tasks.objectives import Regression
+from pipeline.tasks.shapes import OneShape
 from pipeline.types import SPLITS, Split, TaskBatch
 
 AMPLITUDE = (0.1, 5.0)
@@ -49,7 +50,7 @@ class _Drawn(NamedTuple):
     keys: Tensor  # int64 [T], the episodes' own
 
 
-class SinusoidTasks:
+class SinusoidTasks(OneShape):
     """Task family: the splits are independent draws of one distribution, as in the paper."""
 
     objective = Regression()

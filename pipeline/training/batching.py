@@ -188,7 +188,13 @@ def _results(algorithm: Algorithm, state: MetaState, batch: TaskBatch, step: int
     """The meta-gradient, and the answers of adapted learners, which are computed without a graph."""
     gradient: MetaGradient = algorithm.meta_grad(state, batch, step=step)
     (adapted,) = algorithm.adaptation_path(
-        state, batch.support_x, batch.support_y, steps=algorithm.eval_steps, inductive=True, last_only=True
+        state,
+        batch.support_x,
+        batch.support_y,
+        steps=algorithm.eval_steps,
+        inductive=True,
+        num_classes=batch.num_classes,
+        last_only=True,
     )
     with torch.no_grad():
         answers: dict[str, Tensor] = {mode: algorithm.predict(adapted, batch.query_x, mode) for mode in MODES}

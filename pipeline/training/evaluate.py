@@ -9,15 +9,16 @@ Shapes: E episodes · M normalization modes · K + 1 adaptation steps, step 0 be
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.training.context import Context, LocalContext
-from pipeline.types import Algorithm, MetaState, Normalization, Split, TaskFamily
+from pipeline.types import Algorithm, MetaState, Normalization, Split, TaskBatch, TaskFamily
 
 MODES: tuple[Normalization, ...] = ("inductive", "transductive")
 EPISODES_AT_ONCE = 32
@@ -54,7 +55,10 @@ class Estimate:
 
 
 class Predictions(NamedTuple):
-    """What each query was answered after the last adaptation step. int32, on the CPU: a few bytes an answer."""
+    """What each query was answered after the last adaptation step. int32, on the CPU: a few bytes an answer.
+
+    Where episodes differ in shape, -1 stands for the classes and queries that an episode does not have.
+    """
 
     classes: Tensor  # [E, n_way], which of the split's classes a label stands for
     labels: Tensor  # [E, Q], right ones
@@ -134,6 +138,15 @@ def paired(candidate: Tensor, champion: Tensor) -> Estimate:
     return Estimate.of(candidate.to(torch.float64) - champion.to(torch.float64))
 
 
+def episode_batches(
+    family: TaskFamily, split: Split, slots: Tensor, *, seed: int, chunk: int | None
+) -> Iterator[tuple[Tensor, TaskBatch]]:
+    """Slots and their episodes of step 0, of one shape and at most `chunk` (None: 32) at a time."""
+    for some in slots.split(chunk or EPISODES_AT_ONCE):
+        for alike in family.alike(split, some):
+            yield alike, family.sample(split, 0, alike, seed=seed)
+
+
 def evaluate(
     algorithm: Algorithm,
     family: TaskFamily,
@@ -161,7 +174,7 @@ def evaluate(
     """
     context = context or LocalContext()
     assert not keep_predictions or context.world_size == 1, "predictions are kept by one process"
-    kept: list[Predictions] = []
+    kept: list[tuple[Tensor, Predictions]] = []
     steps = algorithm.eval_steps if steps is None else steps
     # float64 and zeros for the other ranks' rows: the sum over ranks is then exact, whatever the number of ranks
     scored = 1 if last_only else steps + 1
@@ -194,14 +207,15 @@ def evaluate(
                         answers.append(outputs.argmax(dim=-1))
         if keep_predictions and batch.classes is not None:
             told = (batch.classes, batch.query_y, torch.stack(answers, dim=1))
-            kept.append(Predictions(*(part.to("cpu", torch.int32) for part in told)))
+            kept.append((slots, Predictions(*(part.to("cpu", torch.int32) for part in told))))
 
     mine = torch.arange(episodes)[context.rank :: context.world_size]
     at_once, done = chunk or EPISODES_AT_ONCE, 0
     while done < len(mine):
         slots = mine[done : done + at_once]
         try:
-            score(slots)
+            for alike in family.alike(split, slots):
+                score(alike)
         except torch.OutOfMemoryError:
             if len(slots) == 1:
                 raise
@@ -213,10 +227,22 @@ def evaluate(
     if curve_episodes is not None:
         results[:, curve_episodes:, :, :-1] = math.nan
     scores, losses = results.cpu()
-    predictions = Predictions(*(torch.cat(parts) for parts in zip(*kept, strict=True))) if kept else None
+    predictions = _in_one(kept, episodes) if kept else None
     task = family.description
     name = family.objective.score_name
     return Evaluation(scores, losses, name, split, seed, data_digest, task, predictions, curve_episodes)
+
+
+def _in_one(kept: list[tuple[Tensor, Predictions]], episodes: int) -> Predictions:
+    """Predictions of some slots each -> of all episodes, in the order of their slots."""
+    n_way = max(predictions.classes.shape[1] for _, predictions in kept)
+    queries = max(predictions.labels.shape[1] for _, predictions in kept)
+    shapes = ([n_way], [queries], [len(MODES), queries])
+    whole = Predictions(*(torch.full((episodes, *shape), -1, dtype=torch.int32) for shape in shapes))
+    for slots, predictions in kept:
+        for target, part in zip(whole, predictions, strict=True):
+            target[slots] = F.pad(part, (0, target.shape[-1] - part.shape[-1]), value=-1)
+    return whole
 
 
 def curves(
@@ -231,12 +257,14 @@ def curves(
 ) -> dict[str, list[Estimate]]:
     """What the algorithm shows of fixed episodes besides their scores, by name: an estimate for each of 1, 2, …"""
     pieces = []
-    for slots in torch.arange(episodes).split(chunk or EPISODES_AT_ONCE):
-        batch = family.sample(split, 0, slots, seed=seed)
+    for _, batch in episode_batches(family, split, torch.arange(episodes), seed=seed, chunk=chunk):
         pieces.append(algorithm.curves(state, batch))
         if not pieces[0]:
             return {}
-    values = {name: torch.cat([piece[name] for piece in pieces]).cpu() for name in pieces[0]}
+    values = {}
+    for name in pieces[0]:
+        points = min(piece[name].shape[1] for piece in pieces)  # episodes of several shapes may have more or fewer
+        values[name] = torch.cat([piece[name][:, :points] for piece in pieces]).cpu()
     return {name: [Estimate.of(point) for point in of_episodes.unbind(1)] for name, of_episodes in values.items()}
 
 

@@ -148,7 +148,7 @@ def _plan(context: Context, experiment: Experiment, parts: Components, state: Tr
         return plans.resumed(context, known, parts.model)
 
     def draw(tasks: int) -> TaskBatch:
-        return parts.family.sample("meta_train", 0, torch.arange(tasks), seed=experiment.seed)
+        return parts.family.largest(tasks, seed=experiment.seed)
 
     return plans.choose(
         context,

@@ -189,6 +189,43 @@ def test_in_training_adaptation_sees_no_query(plain_case: Case) -> None:
     torch.testing.assert_close(each.mean(), meta_loss(slice(None)), rtol=1e-10, atol=1e-10)
 
 
+def test_classes_may_differ_in_shots_and_be_fewer_than_outputs(plain_case: Case) -> None:
+    """Of an outer step with fewer classes than there are at most. A class is its label, not its place in the set."""
+    if plain_case.parts.family.train_classes is None:
+        pytest.skip("its first problem has no classes")
+    content = plain_case.experiment.to_dict()
+    content["task"]["variable"] = {"least_n_way": 2, "most_shots": 4}
+    parts = build(experiments.from_dict(content, source="contract"))
+    batches = (parts.family.sample("meta_train", step, torch.arange(TASKS), seed=1) for step in range(50))
+    batch = next(b for b in batches if b.num_classes == 3 and b.support_x.shape[1] > 6)
+    shots = (batch.support_y.unsqueeze(-1) == torch.arange(3)).sum(1)
+    assert bool((shots.amax(1) > shots.amin(1)).any())
+    gradient = parts.algorithm.meta_grad(plain_case.state, batch, step=0)
+    assert all(bool(value.isfinite().all()) for part in gradient for value in part.values())
+    assert any(float(g.abs().max()) > 0 for g in gradient.grads.values())
+    assert 0 <= float(gradient.metrics[f"train_{parts.family.objective.score_name}"]) <= TASKS
+
+    def answers(batch: TaskBatch) -> Tensor:
+        path = parts.algorithm.adaptation_path(
+            plain_case.state,
+            batch.support_x,
+            batch.support_y,
+            steps=parts.algorithm.eval_steps,
+            inductive=True,
+            num_classes=3,
+        )
+        *_, adapted = path
+        return parts.algorithm.predict(adapted, batch.query_x, "inductive")[..., :3]
+
+    ours = answers(batch)
+    assert ours.shape[-1] == 3
+    assert bool(ours.isfinite().all())
+    last_first = batch.support_y.argsort(dim=1, descending=True, stable=True)  # classes; examples stay in their order
+    x = batch.support_x[torch.arange(TASKS).unsqueeze(1), last_first]
+    mixed = batch._replace(support_x=x, support_y=batch.support_y.gather(1, last_first))
+    torch.testing.assert_close(answers(mixed), ours, rtol=1e-9, atol=1e-9)
+
+
 def test_recomputed_inner_steps_give_the_same_gradient(case: Case) -> None:
     if not case.has("recompute_inner_steps"):
         pytest.skip("it has no inner steps to recompute")

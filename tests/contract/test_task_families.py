@@ -20,6 +20,15 @@ CASES: dict[str, dict[str, dict[str, Any]]] = {
         "memory-mapped": {"n_way": 4, "k_shot": 2, "n_query": 3, "eval_n_query": 4, "memory_limit_mb": 0},
         "rotations-as-classes": {"n_way": 4, "k_shot": 2, "n_query": 3, "eval_n_query": 4, "rotations": "new_classes"},
         "rotations-per-class": {"n_way": 4, "k_shot": 2, "n_query": 3, "eval_n_query": 4, "rotations": "per_class"},
+        "variable": {"n_way": 5, "n_query": 3, "eval_n_query": 4, "variable": {"least_n_way": 2, "evaluation": True}},
+        "variable-mapped": {
+            "n_way": 5,
+            "n_query": 3,
+            "eval_n_query": 4,
+            "variable": {"least_n_way": 3, "most_support": 9},
+            "rotations": "per_class",
+            "memory_limit_mb": 0,
+        },
     },
     "sinusoid": {"default": {"k_shot": 6, "n_query": 7}},
 }
@@ -50,16 +59,17 @@ def test_every_family_is_covered() -> None:
 
 @pytest.mark.parametrize("split", SPLITS)
 def test_shapes_and_types(family: TaskFamily, split: Any) -> None:
-    batch = family.sample(split, 3, torch.arange(5), seed=0)
+    slots, *_ = family.alike(split, torch.arange(5))
+    batch, tasks = family.sample(split, 3, slots, seed=0), len(slots)
     for x, y in ((batch.support_x, batch.support_y), (batch.query_x, batch.query_y)):
-        assert x.shape[0] == 5
+        assert x.shape[0] == tasks
         assert x.shape[2:] == family.input_shape
         assert y.shape[:2] == x.shape[:2]
         assert x.dtype == torch.float32
         assert bool(x.isfinite().all())
     assert batch.keys is not None
     assert batch.keys.dtype == torch.int64
-    assert len(batch.keys.unique()) == 5
+    assert len(batch.keys.unique()) == tasks
     if family.train_classes is None:
         assert batch.classes is None
     else:
@@ -71,9 +81,9 @@ def test_shapes_and_types(family: TaskFamily, split: Any) -> None:
             <= int(batch.classes.max())
             < (family.train_classes if split == "meta_train" else 99)
         )
-    outputs = torch.zeros(5, batch.query_y.shape[1], family.num_outputs)
-    assert family.objective.loss(outputs, batch.query_y).shape == (5,)
-    assert family.objective.score(outputs, batch.query_y).shape == (5,)
+    outputs = torch.zeros(tasks, batch.query_y.shape[1], family.num_outputs)
+    assert family.objective.loss(outputs, batch.query_y).shape == (tasks,)
+    assert family.objective.score(outputs, batch.query_y).shape == (tasks,)
 
 
 def test_an_episode_depends_on_seed_split_step_and_slot_only(family: TaskFamily) -> None:
@@ -91,7 +101,11 @@ def test_episodes_of_steps_in_a_row_are_those_of_each_step(family: TaskFamily) -
     """A family may draw several steps at once; whatever is asked for in between, or again, changes no episode."""
     slots, others = torch.tensor([3, 0, 8]), torch.tensor([1, 2])
     asked: list[tuple[Any, int, torch.Tensor, int]] = [("meta_train", step, slots, 0) for step in range(5, 10)]
-    asked += [("meta_val", 10, slots, 0), ("meta_train", 10, slots, 0), ("meta_train", 11, others, 0)]
+    asked += [
+        ("meta_val", 10, family.alike("meta_val", slots)[0], 0),
+        ("meta_train", 10, slots, 0),
+        ("meta_train", 11, others, 0),
+    ]
     asked += [("meta_train", 11, slots, 1), ("meta_train", 12, slots, 1), ("meta_train", 13, slots, 1)]
     asked += [("meta_train", 4000, slots, 1), ("meta_train", 4001, slots, 1), ("meta_train", 12, slots, 1)]
     for split, step, numbers, seed in asked:
@@ -115,6 +129,28 @@ def test_seeds_splits_steps_and_slots_differ(family: TaskFamily) -> None:
         family.sample("meta_train", 0, torch.tensor([1]), seed=0),
     ]
     assert not any(equal(a, b) for a, b in itertools.combinations(draws, 2))
+
+
+def test_the_largest_shape_holds_every_other(family: TaskFamily) -> None:
+    """What memory is planned by."""
+    largest = family.largest(2, seed=1)
+    shapes = set()
+    for step in range(30):
+        batch = family.sample("meta_train", step, torch.arange(2), seed=1)
+        shapes.add((batch.num_classes, batch.support_x.shape[1], batch.query_x.shape[1]))
+        assert batch.support_x.shape[1] <= largest.support_x.shape[1]
+        assert batch.query_x.shape[1] <= largest.query_x.shape[1]
+        assert (batch.num_classes or 0) <= (largest.num_classes or 0)
+    assert (len(shapes) > 1) == family.variable_shapes
+
+
+@pytest.mark.parametrize("split", SPLITS)
+def test_slots_that_are_alike_are_all_there_once(family: TaskFamily, split: Any) -> None:
+    groups = family.alike(split, torch.tensor([4, 1, 9]))
+    assert sorted(torch.cat(groups).tolist()) == [1, 4, 9]
+    for group in groups:
+        whole = family.sample(split, 0, group, seed=2)
+        assert equal(whole.tasks(slice(0, 1)), family.sample(split, 0, group[:1], seed=2))
 
 
 def test_images_come_from_the_right_classes(tiny_data: Path) -> None:

@@ -7,6 +7,7 @@ import math
 import statistics
 from collections import defaultdict
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +15,14 @@ import matplotlib.image
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from pipeline import class_report, workflow
 from pipeline import experiment as experiments
 from pipeline.errors import ConfigError
 from pipeline.experiment import Components
 from pipeline.learner import Learner, card_of
-from pipeline.training.evaluate import MODES, Evaluation, evaluate
+from pipeline.training.evaluate import MODES, Evaluation, Predictions, evaluate
 from tests.faults import experiment
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -124,6 +126,17 @@ def test_numbers_agree_with_loops_over_queries(parts: Components, evaluation: Ev
         assert pair["ranked_by"] == pytest.approx((sum(pair["confused"]) + 4 * mean) / (pair["queries"] + 4))
     ranked = [pair["ranked_by"] for pair in told["pairs"]]
     assert ranked == sorted(ranked, reverse=True)
+
+
+def test_classes_and_queries_that_an_episode_does_not_have_count_for_nothing(
+    parts: Components, evaluation: Evaluation
+) -> None:
+    """Where episodes differ in shape."""
+    assert evaluation.predictions is not None
+    padded = Predictions(*(F.pad(part, (0, 2), value=-1) for part in evaluation.predictions))
+    family = class_report.check(parts.family)
+    ours = class_report.report(replace(evaluation, predictions=padded), family, "inductive").to_dict()
+    assert ours == class_report.report(evaluation, family, "inductive").to_dict()
 
 
 def test_an_interval_needs_two_episodes_and_covers_what_it_should() -> None:

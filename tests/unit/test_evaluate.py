@@ -10,9 +10,13 @@ import pytest
 import torch
 
 from pipeline import experiment as experiments
-from pipeline.training.evaluate import Estimate, Evaluation, evaluate
+from pipeline.errors import ConfigError
+from pipeline.experiment import Experiment
+from pipeline.training.context import LocalContext
+from pipeline.training.evaluate import Estimate, Evaluation, episode_batches, evaluate
+from pipeline.training.loop import train
 from pipeline.types import Adapted, MetaState
-from tests.faults import experiment
+from tests.faults import experiment, open_run
 
 
 def test_fewer_steps_are_scored_as_among_all(tiny_data: Path, tmp_path: Path) -> None:
@@ -78,3 +82,58 @@ def test_episodes_that_memory_does_not_hold_are_scored_in_smaller_chunks(tiny_da
     most = 0
     with pytest.raises(torch.OutOfMemoryError):
         scored(Small())
+
+
+def varying(folder: Path, data: Path, **training: object) -> Experiment:
+    content = experiment(folder, data, **{"backend": "local", "steps": 3, "validate_every": 3, **training}).to_dict()
+    content["task"] |= {"n_query": 3, "eval_n_query": 3, "variable": {"least_n_way": 2, "evaluation": True}}
+    return experiments.from_dict(content, source="test")
+
+
+def test_episodes_of_many_shapes_are_scored_one_by_one(tiny_data: Path, tmp_path: Path) -> None:
+    """Each as it is alone, whatever the chunk; what an episode does not have is no answer."""
+    parts = experiments.build(varying(tmp_path, tiny_data), device=torch.device("cpu"))
+    state = parts.algorithm.init(0)
+
+    def scored(chunk: int, **how: Any) -> Evaluation:
+        return evaluate(
+            parts.algorithm,
+            parts.family,
+            state,
+            split="meta_test",
+            seed=1,
+            episodes=9,
+            data_digest="x",
+            chunk=chunk,
+            keep_predictions=True,
+            **how,
+        )
+
+    ours, others = scored(4), scored(1)
+    assert torch.equal(ours.scores, others.scores)
+    assert torch.equal(ours.losses, others.losses)
+    assert ours.predictions is not None
+    classes, labels, answers = ours.predictions
+    batches = dict(
+        (int(slots), batch)
+        for slots, batch in episode_batches(parts.family, "meta_test", torch.arange(9), seed=1, chunk=None)
+    )
+    assert len({batch.num_classes for batch in batches.values()}) > 1
+    assert len({batch.support_x.shape for batch in batches.values()}) > 3
+    for slot, batch in batches.items():
+        there = labels[slot] >= 0
+        assert torch.equal(labels[slot][there].long(), batch.query_y[0])
+        assert batch.classes is not None
+        assert torch.equal(classes[slot][classes[slot] >= 0].long(), batch.classes[0])
+        right = (answers[slot][:, there] == labels[slot][there]).double().mean(1)
+        torch.testing.assert_close(right, ours.scores[slot, :, -1])
+
+
+def test_training_on_many_shapes(tiny_data: Path, tmp_path: Path) -> None:
+    """Planned for the largest; no compiled program is for all of them."""
+    exp = varying(tmp_path, tiny_data, memory_budget="40 MB")
+    run = open_run(exp)
+    train(LocalContext(), exp, run)
+    assert run.checkpoints.latest() == 3
+    with pytest.raises(ConfigError, match=r"training\.compile: .*shape"):
+        experiments.check_fits(varying(tmp_path, tiny_data, compile=True))
