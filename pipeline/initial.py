@@ -46,7 +46,18 @@ def resolve(exp: Experiment) -> Initial | None:
     parts = experiments.build(exp, device=torch.device("cpu"))
     key = "training.init_from" if exp.training.init_from else "model.weights"
     given = _read(exp, source)
-    return Initial(f"{key}: {source}", fitted(given, exp, parts, source=f"{key}: {source}"))
+    taken = fitted(given, exp, parts, source=f"{key}: {source}")
+    return Initial(f"{key}: {source}{_not_taken(given, taken, parts.algorithm.init(exp.seed).params)}", taken)
+
+
+def _not_taken(given: MetaState, taken: MetaState, fresh: Params) -> str:
+    """For the user: what the run begins with besides, and what of the given is of no use to it."""
+    names = {**given.params, **given.buffers}
+    left = [name for name in names if name not in taken.params.keys() | taken.buffers.keys()]
+    stays = [name for name in fresh if name not in taken.params]
+    told = [f"fresh: {_some(stays)}"] if stays else []
+    told += [f"not taken: {_some(left)}"] if left else []
+    return f" ({'; '.join(told)})" if told else ""
 
 
 def fitted(given: MetaState, exp: Experiment, parts: Components, *, source: str) -> MetaState:

@@ -175,6 +175,8 @@ def test_a_head_of_another_shape_stays_fresh(tmp_path: Path, tiny_data: Path) ->
     given = initial.resolve(experiment(tmp_path, tiny_data, training={"init_from": str(tmp_path / "weights.pt")}))
     assert given is not None
     assert given.state.params.keys() == {k for k in weights if not k.startswith(("head", "transfer"))}
+    told = "(fresh: head.weight, head.bias; not taken: head.weight, head.bias, transfer/classifier.weight)"
+    assert given.source.endswith(told)
 
 
 @pytest.mark.parametrize(
