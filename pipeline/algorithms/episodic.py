@@ -121,7 +121,7 @@ class Episodic:
         raise NotImplementedError
 
     def predict(self, adapted: Adapted, query_x: Tensor, normalization: Normalization) -> Tensor:
-        statistics = adapted.statistics if normalization == "inductive" else None
+        statistics = statistics_for(adapted) if normalization == "inductive" else None
         return self._answer(adapted.params, query_x, statistics=statistics)[0]
 
     def meta_grad(self, state: MetaState, batch: TaskBatch, *, step: int) -> MetaGradient:
@@ -239,6 +239,13 @@ class Episodic:
     def _inductive(self) -> bool:
         """Whether meta-training normalizes the query set by statistics that do not depend on it."""
         return self.config.normalization == "inductive"
+
+
+def statistics_for(adapted: Adapted) -> Statistics:
+    """Of inductive prediction. Raises ValueError: they were not asked for when the learner was adapted."""
+    if adapted.statistics is None:
+        raise ValueError("inductive prediction needs statistics: call adaptation_path with inductive=True")
+    return adapted.statistics
 
 
 def named_gradients(params: Params, grads: tuple[Tensor | None, ...]) -> Params:

@@ -37,6 +37,7 @@ from pipeline.algorithms.episodic import (
     one_hot,
     only_classification,
     per_task,
+    statistics_for,
 )
 from pipeline.algorithms.gradient_based import FEATURES
 from pipeline.types import (
@@ -143,9 +144,9 @@ class MetricBased(Episodic):
 
     def predict(self, adapted: Adapted, query_x: Tensor, normalization: Normalization) -> Tensor:
         params = adapted.params
-        if normalization == "inductive" and adapted.statistics is not None:
+        if normalization == "inductive":
             x = self.model.prepare(query_x)
-            query = self.model.features(network(params), x, statistics=adapted.statistics)[0]
+            query = self.model.features(network(params), x, statistics=statistics_for(adapted))[0]
             return self._outputs(params, params[FEATURES], params[MEMBERS], query)
         support, query, _ = self._together(params, params[INPUTS], query_x)
         return self._outputs(params, support, params[MEMBERS], query)

@@ -327,3 +327,12 @@ def test_a_few_outer_steps_reduce_the_meta_loss(case: Case) -> None:
         losses.append(float(gradient.metrics["meta_loss"]))
         outer.update(config, optimizer, params, gradient.grads, lr=case.entry.outer_lr)
     assert losses[-1] < 0.9 * losses[0]
+
+
+def test_inductive_prediction_needs_its_statistics(case: Case) -> None:
+    path = case.algorithm.adaptation_path(
+        case.state, case.batch.support_x, case.batch.support_y, steps=0, inductive=False, last_only=True
+    )
+    (adapted,) = path
+    with pytest.raises(ValueError, match="inductive=True"):
+        case.algorithm.predict(adapted, case.batch.query_x, "inductive")
