@@ -30,6 +30,10 @@ CASES: dict[str, dict[str, dict[str, Any]]] = {
             "memory_limit_mb": 0,
         },
     },
+    "regression": {
+        "linear": {"function": "linear", "num_inputs": 3, "num_outputs": 2, "noise": 0.1},
+        "step": {"function": "step", "test_ranges": {"level": [3, 5]}},
+    },
     "sinusoid": {"default": {"k_shot": 6, "n_query": 7}},
 }
 
