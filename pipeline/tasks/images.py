@@ -16,6 +16,7 @@ from torch import Tensor
 
 from pipeline.errors import DataError
 from pipeline.tasks import shards
+from pipeline.tasks.augmentation import AugmentationConfig
 from pipeline.tasks.classes import ClassTasks, ClassTasksConfig
 from pipeline.tasks.sampler import EpisodeIndices
 from pipeline.tasks.shapes import UnequalEpisodes
@@ -29,6 +30,8 @@ class ImagesConfig(ClassTasksConfig):
     rotations: Literal["none", "new_classes", "per_class"] = "none"
     # new_classes: each quarter turn of a meta-training class is a class of its own (ProtoNet, MANN);
     # per_class: the turn is drawn per class and task, so one episode never holds two turns of a class (MAML)
+
+    augmentation: AugmentationConfig | None = None  # random changes of meta-training's images; None: none
 
     def build(self, *, device: torch.device, dtype: torch.dtype) -> ImageTasks:
         return ImageTasks(self, device=device, dtype=dtype)
@@ -45,6 +48,8 @@ class ImageTasks(ClassTasks):
         height, width, channels = self.manifest.shape
         if config.rotations != "none" and height != width:
             raise DataError(f"{config.data}: task.rotations needs square images, these are {height}×{width}.")
+        if channels == 1 and config.augmentation and (config.augmentation.hue or config.augmentation.saturation):
+            raise DataError(f"{config.data}: task.augmentation.hue and saturation are of RGB images, these are grey.")
         self.input_shape = (channels, height, width)
         total = self.manifest.num_examples * self.manifest.image_bytes
         self.prefetch = total > config.memory_limit_mb << 20
@@ -63,8 +68,10 @@ class ImageTasks(ClassTasks):
         return self._pixels(split, self._indices(split, step, slots, seed=seed))
 
     def _inputs(self, split: Split, indices: EpisodeIndices | UnequalEpisodes) -> tuple[Tensor, Tensor]:
-        support, query = self._pixels(split, indices)
-        return self._scaled(support), self._scaled(query)
+        support, query = (self._scaled(images) for images in self._pixels(split, indices))
+        if split != "meta_train" or self.config.augmentation is None:
+            return support, query
+        return self.config.augmentation(support, query, indices.keys)
 
     def _pixels(self, split: Split, indices: EpisodeIndices | UnequalEpisodes) -> tuple[Tensor, Tensor]:
         images = self._gathered(self._images, split, indices)

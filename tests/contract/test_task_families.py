@@ -20,6 +20,13 @@ CASES: dict[str, dict[str, dict[str, Any]]] = {
         "memory-mapped": {"n_way": 4, "k_shot": 2, "n_query": 3, "eval_n_query": 4, "memory_limit_mb": 0},
         "rotations-as-classes": {"n_way": 4, "k_shot": 2, "n_query": 3, "eval_n_query": 4, "rotations": "new_classes"},
         "rotations-per-class": {"n_way": 4, "k_shot": 2, "n_query": 3, "eval_n_query": 4, "rotations": "per_class"},
+        "augmented": {
+            "n_way": 4,
+            "k_shot": 2,
+            "n_query": 3,
+            "eval_n_query": 4,
+            "augmentation": {"crop_padding": 2, "rotation": 20, "flip": 0.5, "brightness": 0.3, "erasing": 0.5},
+        },
         "variable": {"n_way": 5, "n_query": 3, "eval_n_query": 4, "variable": {"least_n_way": 2, "evaluation": True}},
         "variable-mapped": {
             "n_way": 5,

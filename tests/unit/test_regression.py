@@ -53,7 +53,6 @@ def test_sinusoids() -> None:
 
 
 def test_frequencies_fill_their_range() -> None:
-    """y'' = −ω² y, by central differences."""
     tasks = family("sinusoid", ranges={"amplitude": [1, 1], "phase": [0, 0], "input": [0.5, 0.5]})
     at = points(tasks)[1][:, 0, 0]  # sin(ω / 2), increasing for ω up to 2
     assert_fills(2 * torch.asin(at), 0.5, 2)
@@ -81,7 +80,7 @@ def test_steps() -> None:
     order = x.squeeze(-1).argsort(dim=1)
     along = y.gather(1, order.unsqueeze(-1).expand_as(y))
     jumps = (along.diff(dim=1) != 0).sum(1)
-    assert 0 < int(jumps.min())
+    assert int(jumps.min()) > 0
     assert int(jumps.max()) == 3
     assert_fills(y, -3, 3)
 
