@@ -141,6 +141,10 @@ def show_evaluation(evaluation: Evaluation) -> None:
         inductive, transductive = (evaluation.score(mode, step) for mode in ("inductive", "transductive"))
         cells = (console.percent(e.mean, e.half_width, evaluation.score_name) for e in (inductive, transductive))
         table.add_row(str(step), *cells)
+    for name, of_set in evaluation.of_sets().items():
+        estimates = (of_set.score(mode) for mode in ("inductive", "transductive"))
+        cells = (console.percent(e.mean, e.half_width, evaluation.score_name) for e in estimates)
+        table.add_row(f"{name}, after the last", *cells)
     console.out.print(table)
 
 

@@ -77,13 +77,23 @@ def apply_overrides(content: Mapping[str, Any], overrides: Iterable[str]) -> dic
 
 
 def put(content: dict[str, Any], dotted: str, value: Any, *, source: str) -> None:
-    """Set a dotted key, in place. Raises ConfigError: it goes through a value that is not a section."""
+    """Set a dotted key, in place; `sets[0].weight` is of the first section of a list.
+
+    Raises ConfigError: it goes through a value that is not a section, or to one of a list that is not there.
+    """
     *parents, last = dotted.split(".")
     section = content
     for parent in parents:
-        section = section.setdefault(parent, {})
-        if not isinstance(section, dict):
+        name, bracket, number = parent.partition("[")
+        inside = section.setdefault(name, {})
+        if bracket:
+            index = number.removesuffix("]")
+            if not isinstance(inside, list) or not index.isdecimal() or int(index) >= len(inside):
+                raise ConfigError(f"{source}: there is no {parent} in the file.")
+            inside = inside[int(index)]
+        if not isinstance(inside, dict):
             raise ConfigError(f"{source}: {parent} holds a value, not a section.")
+        section = inside
     section[last] = value
 
 
@@ -101,11 +111,14 @@ def validate(section: type[SectionT], content: Mapping[str, Any], *, source: str
 
 
 def flatten(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested sections as dotted keys: {"training": {"steps": 5}} -> {"training.steps": 5}."""
+    """Nested sections as dotted keys: {"training": {"steps": 5}} -> {"training.steps": 5}; in lists, sets[0].name."""
     flat: dict[str, Any] = {}
     for key, value in content.items():
         if isinstance(value, Mapping) and value:
             flat.update(flatten(value, f"{prefix}{key}."))
+        elif isinstance(value, list) and value and all(isinstance(item, Mapping) for item in value):
+            for number, item in enumerate(value):
+                flat.update(flatten(item, f"{prefix}{key}[{number}]."))
         else:
             flat[f"{prefix}{key}"] = value
     return flat
@@ -121,8 +134,10 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     ]
 
 
-def _deep_copy(content: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: _deep_copy(value) if isinstance(value, Mapping) else value for key, value in content.items()}
+def _deep_copy(content: Any) -> Any:
+    if isinstance(content, Mapping):
+        return {key: _deep_copy(value) for key, value in content.items()}
+    return [_deep_copy(value) for value in content] if isinstance(content, list) else content
 
 
 def _number(text: str) -> Any:
@@ -170,6 +185,9 @@ def _locate(
     keys: list[str] = []
     around, inside = [section], [section]
     for part in location:
+        if isinstance(part, int):  # of a list
+            keys[-1] += f"[{part}]"
+            continue
         tagged = [option for option in inside if part in _tags(option)]
         if len(inside) > 1 and tagged:
             inside = tagged

@@ -76,6 +76,7 @@ def card_of(
 ) -> ModelCard:
     """The card of a model trained by `experiment`."""
     content = experiment.to_dict()
+    tasks = tasks_of(content["task"])
     return config.validate(
         ModelCard,
         {
@@ -88,8 +89,8 @@ def card_of(
             "dtype": experiment.training.dtype,
             "normalization": content["algorithm"].get("normalization", "transductive"),
             "preprocessing": preprocessing,
-            "n_way": content["task"].get("eval_n_way") or content["task"].get("n_way"),
-            "k_shot": content["task"].get("eval_k_shot") or content["task"]["k_shot"],
+            "n_way": max(task.get("eval_n_way") or task.get("n_way") or 0 for task in tasks) or None,
+            "k_shot": max(task.get("eval_k_shot") or task["k_shot"] for task in tasks),
             "data_digest": data_digest,
             "training_classes": list(training_classes),
             "checkpoint": checkpoint,
@@ -97,6 +98,11 @@ def card_of(
         },
         source="model card",
     )
+
+
+def tasks_of(task: dict[str, Any]) -> list[dict[str, Any]]:
+    """The sections of a task's families: of a mixture those of its sets, else its own."""
+    return [part["task"] for part in task["sets"]] if "sets" in task else [task]
 
 
 class Learner:

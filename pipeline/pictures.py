@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from pipeline.movement import Movement
 from pipeline.training.evaluate import MODES, Estimate, Evaluation
@@ -37,11 +38,14 @@ def new_figure(width: float, height: float) -> Any:
 
 
 def episodes(batch: TaskBatch, file: Path, *, max_queries: int = 5) -> None:
-    """Each episode as a block: a row per class, support images left of the line, queries right of it."""
+    """Each episode as a block: a row per class, support images left of the line, queries right of it.
+
+    Classes may differ in shots; there are as many columns as the largest number of them.
+    """
     tasks = len(batch.support_x)
     n_way = batch.num_classes
     assert n_way is not None
-    k_shot = batch.support_x.shape[1] // n_way
+    k_shot = int((batch.support_y.unsqueeze(-1) == torch.arange(n_way, device=batch.support_y.device)).sum(1).max())
     n_query = min(batch.query_x.shape[1] // n_way, max_queries)
     columns = min(tasks, 2)
     figure = new_figure(columns * (0.55 * (k_shot + n_query) + 0.6), -(-tasks // columns) * (0.55 * n_way + 0.4))
@@ -49,7 +53,10 @@ def episodes(batch: TaskBatch, file: Path, *, max_queries: int = 5) -> None:
     for axis in axes:
         axis.set_axis_off()
     for task, axis in enumerate(axes[:tasks]):
-        support = batch.support_x[task].unflatten(0, (n_way, k_shot))
+        support = batch.support_x.new_zeros(n_way, k_shot, *batch.support_x.shape[2:])
+        for label in range(n_way):
+            own = batch.support_x[task][batch.support_y[task] == label]
+            support[label, : len(own)] = own
         query = batch.query_x[task].unflatten(0, (n_way, -1))[:, :n_query]
         picture, border = sheet(support.cpu().numpy(), query.cpu().numpy())
         axis.imshow(picture, cmap="gray_r" if picture.ndim == 2 else None, vmin=0, vmax=1)

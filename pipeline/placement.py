@@ -32,9 +32,8 @@ def check_storage(experiment: Experiment) -> list[str]:
     for key, value in content.items():
         refuse_password(key, str(value))
     remarks = []
-    for key in ("task.data", "tracking.runs"):
-        place = content.get(key)
-        if place is None or "://" in place:
+    for key, place in {**_data(experiment), "tracking.runs": content["tracking.runs"]}.items():
+        if "://" in place:
             continue
         if not Path(place).is_absolute():
             name = Path(place).name
@@ -121,14 +120,23 @@ def check_stores(experiment: Experiment) -> None:
         storage.check_store(content["tracking.runs"], key="tracking.runs")
     except ConfigError as error:
         raise ConfigError(f"{error} {ONLY_THERE}") from error
-    data = storage.location(content.get("task.data", ""))
-    if isinstance(data, storage.ObjectPath):
+    for key, place in _data(experiment).items():
+        data = storage.location(place)
+        if not isinstance(data, storage.ObjectPath):
+            continue
         try:
             missing = not (data / MANIFEST).exists()
         except OSError as error:
-            raise ConfigError(f"task.data={data}: the store does not answer ({error}). {ONLY_THERE}") from error
+            raise ConfigError(f"{key}={data}: the store does not answer ({error}). {ONLY_THERE}") from error
         if missing:
-            raise ConfigError(f"task.data={data}: no such data set (it has no {MANIFEST}). {ONLY_THERE}")
+            raise ConfigError(f"{key}={data}: no such data set (it has no {MANIFEST}). {ONLY_THERE}")
+
+
+def _data(experiment: Experiment) -> dict[str, str]:
+    """Key -> the data set it names: none for procedural tasks, several for a mixture."""
+    task = experiment.to_dict()["task"]
+    sections = {"task": task} | {f"task.sets[{i}].task": part["task"] for i, part in enumerate(task.get("sets", []))}
+    return {f"{key}.data": section["data"] for key, section in sections.items() if "data" in section}
 
 
 def check_answers(environment: Mapping[str, str]) -> None:

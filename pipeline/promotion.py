@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from pipeline.learner import Learner, ModelCard
+from pipeline.learner import Learner, ModelCard, tasks_of
 from pipeline.training.evaluate import PROMOTION_SEED, Estimate, Evaluation, evaluate, paired
 from pipeline.types import MetaState, Normalization, TaskFamily
 
@@ -90,5 +90,9 @@ def _not_comparable(candidate: ModelCard, champion: ModelCard) -> str | None:
         ours, theirs = getattr(candidate, name), getattr(champion, name)
         if ours != theirs:
             return f"{name} is {theirs} there and {ours} here"
-    splits = [card.experiment["task"].get("split") for card in (candidate, champion)]
-    return None if splits[0] == splits[1] else f"class split is {splits[1]} there and {splits[0]} here"
+    ours, theirs = (_class_splits(card) for card in (candidate, champion))
+    return None if ours == theirs else f"class split is {theirs} there and {ours} here"
+
+
+def _class_splits(card: ModelCard) -> str:
+    return ", ".join(str(task.get("split")) for task in tasks_of(card.experiment["task"]))

@@ -25,6 +25,7 @@ from pipeline.runs import RunFolder
 from pipeline.storage import Location
 from pipeline.tasks.classes import ClassTasks
 from pipeline.tasks.images import ImageTasks
+from pipeline.tasks.mixture import MixtureTasks
 from pipeline.tracking import RunLog, Tracker
 from pipeline.training import journal
 from pipeline.training.evaluate import (
@@ -287,15 +288,14 @@ def register_run(
     exp: Experiment, run: RunFolder, parts: Components, tracker: Tracker, test: Evaluation
 ) -> Registration:
     step, state = best_checkpoint(run)
-    classes = parts.family if isinstance(parts.family, ClassTasks) else None
-    images = classes if isinstance(classes, ImageTasks) else None
+    classes = parts.family if isinstance(parts.family, ClassTasks | MixtureTasks) else None
     facts = run.checkpoints.meta(step)
     card = card_of(
         exp,
         objective=parts.family.objective.name,
         input_shape=parts.family.input_shape,
         num_outputs=parts.family.num_outputs,
-        preprocessing=images.manifest.preprocessing if images else None,
+        preprocessing=getattr(parts.family, "preprocessing", None),
         data_digest=run.read()["data_digest"],
         training_classes=list(classes.class_digests("meta_train")) if classes else (),
         checkpoint={"run": f"{exp.name}/{run.path.name}", "step": step, "sha256": facts["sha256"]},

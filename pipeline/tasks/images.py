@@ -8,7 +8,7 @@ Shapes: T tasks · W n_way · S support · Q query examples · C H W of one imag
 
 from __future__ import annotations
 
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
@@ -55,6 +55,11 @@ class ImageTasks(ClassTasks):
         self.prefetch = total > config.memory_limit_mb << 20
         store = MappedImages if self.prefetch else DeviceImages
         self._images: ImageStore = store(config.data, self.manifest, device)
+
+    @property
+    def preprocessing(self) -> dict[str, Any]:
+        """What made a picture one of these images (see datasets/preprocessing.py)."""
+        return self.manifest.preprocessing
 
     def examples(self, split: Split, classes: list[int], count: int) -> Tensor:
         """The first images of classes of one part, uint8 [classes, count or the fewest that one has, C, H, W]."""

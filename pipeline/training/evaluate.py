@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -81,6 +81,7 @@ class Evaluation:
     task: dict[str, Any]  # the family's description: class split, n_way, k_shot, n_query
     predictions: Predictions | None = None  # where they were kept
     curve_episodes: int | None = None  # the first so many are scored after every step, the others after the last alone
+    sets: tuple[str, ...] = ()  # data sets whose episodes these are in turn; () where it is one
 
     @property
     def episodes(self) -> int:
@@ -104,6 +105,23 @@ class Evaluation:
         """Values [E, K + 1] -> those after `step` of the episodes that were scored there."""
         is_last = step in (-1, values.shape[1] - 1)
         return values[:, step] if is_last else values[: self.curve_episodes, step]
+
+    def of_sets(self) -> dict[str, Evaluation]:
+        """Of each data set's episodes; empty where it is one."""
+        count = len(self.sets)
+        first = self.curve_episodes
+        return {
+            name: replace(
+                self,
+                scores=self.scores[number::count],
+                losses=self.losses[number::count],
+                task=self.task.get("sets", {}).get(name, self.task),
+                predictions=None,
+                curve_episodes=None if first is None else len(range(number, first, count)),
+                sets=(),
+            )
+            for number, name in enumerate(self.sets[: self.episodes])
+        }
 
     def to_dict(self) -> dict[str, Any]:
         """The result with all that is needed to get it again."""
@@ -130,6 +148,7 @@ class Evaluation:
                 ]
                 for mode in MODES
             },
+            **({"sets": {name: each.to_dict() for name, each in self.of_sets().items()}} if self.sets else {}),
         }
 
 
@@ -230,7 +249,7 @@ def evaluate(
     predictions = _in_one(kept, episodes) if kept else None
     task = family.description
     name = family.objective.score_name
-    return Evaluation(scores, losses, name, split, seed, data_digest, task, predictions, curve_episodes)
+    return Evaluation(scores, losses, name, split, seed, data_digest, task, predictions, curve_episodes, family.sets)
 
 
 def _in_one(kept: list[tuple[Tensor, Predictions]], episodes: int) -> Predictions:
@@ -269,11 +288,13 @@ def curves(
 
 
 def summarize(evaluation: Evaluation, prefix: str, modes: Sequence[Normalization] = MODES) -> dict[str, float]:
-    """Flat metrics, e.g. `val_accuracy_inductive` and `val_accuracy_inductive_ci95`."""
+    """Flat metrics, e.g. `val_accuracy_inductive` and `val_accuracy_inductive_ci95`; of a mixture each set's too."""
     metrics = {}
     for mode in modes:
         estimate = evaluation.score(mode)
         metrics[f"{prefix}_{evaluation.score_name}_{mode}"] = estimate.mean
         metrics[f"{prefix}_{evaluation.score_name}_{mode}_ci95"] = estimate.half_width
         metrics[f"{prefix}_loss_{mode}"] = evaluation.loss(mode).mean
+    for name, of_set in evaluation.of_sets().items():
+        metrics |= summarize(of_set, f"{prefix}_{name}", modes)
     return metrics

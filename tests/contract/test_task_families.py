@@ -37,6 +37,24 @@ CASES: dict[str, dict[str, dict[str, Any]]] = {
             "memory_limit_mb": 0,
         },
     },
+    "mixture": {
+        "images": {
+            "sets": [
+                {"name": "few", "task": {"family": "images", "n_way": 3, "n_query": 2, "eval_n_query": 2}},
+                {
+                    "name": "turned",
+                    "weight": 2,
+                    "task": {"family": "images", "n_query": 3, "eval_n_query": 3, "rotations": "new_classes"},
+                },
+            ]
+        },
+        "functions": {
+            "sets": [
+                {"name": "waves", "task": {"family": "sinusoid"}},
+                {"name": "lines", "task": {"family": "regression", "function": "linear"}},
+            ]
+        },
+    },
     "regression": {
         "linear": {"function": "linear", "num_inputs": 3, "num_outputs": 2, "noise": 0.1},
         "step": {"function": "step", "test_ranges": {"level": [3, 5]}},
@@ -52,6 +70,8 @@ def names() -> list[str]:
 def build(name: str, options: dict[str, Any], data: Path, dtype: torch.dtype = torch.float32) -> TaskFamily:
     config = next(c for c in TASK_FAMILIES if c.model_fields["family"].annotation.__args__[0] == name)
     content = {"family": name, **options, **({"data": data, "split": "random"} if name == "images" else {})}
+    for part in content.get("sets", []):
+        part["task"] |= {"data": data, "split": "random"} if part["task"]["family"] == "images" else {}
     return validate(config, content, source="contract").build(device=torch.device("cpu"), dtype=dtype)
 
 

@@ -194,7 +194,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         ("training.outer.optimizer=adm", ["training.outer.optimizer", "adam", "adamw", "sgd", "'adm'"]),
         ("training=null", ["training", "None"]),
         ("training=3", ["training", "3"]),
-        ("model.hidden=[8, x]", ["model.hidden.1", "integer", "'x'"]),
+        ("model.hidden=[8, x]", ["model.hidden[1]", "integer", "'x'"]),
         ("task={}", ["task", "family"]),
         ("task=3", ["task", "3"]),
     ],

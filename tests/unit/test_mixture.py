@@ -1,0 +1,151 @@
+"""Several data sets as one task family."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from pipeline import config, placement
+from pipeline import experiment as experiments
+from pipeline.config import validate
+from pipeline.errors import ConfigError
+from pipeline.experiment import Experiment
+from pipeline.learner import card_of
+from pipeline.tasks.images import ImageTasks
+from pipeline.tasks.mixture import MixtureConfig, MixtureTasks
+from pipeline.training.context import LocalContext
+from pipeline.training.evaluate import Estimate, evaluate, summarize
+from pipeline.training.loop import train
+from tests import faults
+
+CPU = torch.device("cpu")
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def other_data(tiny_data_set: Callable[..., Path]) -> Path:
+    return tiny_data_set(classes=24, per_class=10)
+
+
+def images(data: Path, **options: Any) -> dict[str, Any]:
+    return {"family": "images", "data": str(data), "split": "random", "n_query": 2, "eval_n_query": 2, **options}
+
+
+def mixture(*tasks: dict[str, Any], weights: tuple[float, ...] = (1.0, 3.0)) -> MixtureTasks:
+    sets = [{"name": f"set{i}", "weight": weights[i], "task": task} for i, task in enumerate(tasks)]
+    section = validate(MixtureConfig, {"family": "mixture", "sets": sets}, source="test")
+    return section.build(device=CPU, dtype=torch.float64)
+
+
+def experiment(folder: Path, *tasks: dict[str, Any], **training: object) -> Experiment:
+    content = faults.experiment(folder, "", backend="local", **training).to_dict()
+    content["task"] = {"family": "mixture", "sets": [{"name": f"set{i}", "task": t} for i, t in enumerate(tasks)]}
+    return experiments.from_dict(content, source="test")
+
+
+def test_steps_are_of_the_sets_by_their_weights(tiny_data: Path, other_data: Path) -> None:
+    """And a step's episodes are those that its set has alone, but for the numbers of classes."""
+    tasks = mixture(images(tiny_data), images(other_data, k_shot=2))
+    drawn = Counter(tasks.drawn(5, step) for step in range(4000))
+    assert drawn[1] / 4000 == pytest.approx(0.75, abs=0.03)
+    assert tasks.train_classes == 6 + 8
+    assert tasks.variable_shapes
+    slots = torch.tensor([4, 0])
+    met = set()
+    for step in range(20):
+        number = tasks.drawn(1, step)
+        ours = tasks.sample("meta_train", step, slots, seed=1)
+        alone = tasks.families[number].sample("meta_train", step, slots, seed=1)
+        assert ours.classes is not None
+        assert alone.classes is not None
+        assert torch.equal(ours.support_x, alone.support_x)
+        assert torch.equal(ours.classes - (0, 6)[number], alone.classes)
+        met |= set(ours.classes.flatten().tolist())
+    assert met == set(range(14))
+
+
+def test_evaluation_takes_the_sets_in_turn_and_tells_each(tiny_data: Path, other_data: Path, tmp_path: Path) -> None:
+    """Each set's score is what it gets alone, and the overall one is their mean."""
+    exp = experiment(tmp_path, images(tiny_data, eval_n_way=3), images(other_data, eval_k_shot=2))
+    parts = experiments.build(exp, device=CPU)
+    assert isinstance(parts.family, MixtureTasks)
+    state = parts.algorithm.init(0)
+
+    def scored(family: Any, episodes: int) -> Any:
+        fixed: dict[str, Any] = {"split": "meta_test", "seed": 4, "data_digest": "x", "chunk": 3}
+        return evaluate(parts.algorithm, family, state, episodes=episodes, **fixed)
+
+    together = scored(parts.family, 11)
+    each = together.of_sets()
+    assert list(each) == ["set0", "set1"]
+    for (name, ours), family, episodes in zip(each.items(), parts.family.families, (6, 5), strict=True):
+        alone = scored(family, episodes)
+        torch.testing.assert_close(ours.scores, alone.scores)
+        torch.testing.assert_close(ours.losses, alone.losses)
+        assert ours.task == alone.task
+        assert together.to_dict()["sets"][name]["inductive"] == ours.to_dict()["inductive"]
+        metrics = summarize(together, "test")
+        assert metrics[f"test_{name}_accuracy_inductive"] == pytest.approx(alone.score("inductive").mean)
+    assert together.score("inductive") == Estimate.of(together.final_scores("inductive"))
+
+
+def test_training_tells_the_validation_of_each_set(tiny_data: Path, other_data: Path, tmp_path: Path) -> None:
+    exp = experiment(tmp_path, images(tiny_data), images(other_data, k_shot=2), steps=3, validate_every=3)
+    run = faults.open_run(exp)
+    train(LocalContext(), exp, run)
+    *_, record = faults.without_clock(run)
+    assert {"val_accuracy_inductive", "val_set0_accuracy_inductive", "val_set1_accuracy_inductive"} <= set(record)
+    exp = experiments.from_dict(exp.to_dict(), source="again")
+    family = experiments.build(exp, device=CPU).family
+    assert isinstance(family, MixtureTasks)
+    card = card_of(
+        exp,
+        objective="classification",
+        input_shape=family.input_shape,
+        num_outputs=family.num_outputs,
+        preprocessing=family.preprocessing,
+        data_digest=exp.task.verify(),
+        training_classes=list(family.class_digests("meta_train")),
+        checkpoint={},
+    )
+    assert (card.n_way, card.k_shot) == (5, 2)
+    first = family.families[0]
+    assert isinstance(first, ImageTasks)
+    assert card.preprocessing is not None
+    assert set(first.class_digests("meta_train")) <= set(card.training_classes)
+
+
+def test_sets_that_do_not_go_together_are_refused(
+    tiny_data: Path, tiny_data_set: Callable[..., Path], tmp_path: Path
+) -> None:
+    large = tiny_data_set(size=16)
+    with pytest.raises(ConfigError, match=r"set1 has classification of inputs \[1, 16, 16\]"):
+        mixture(images(tiny_data), images(large))
+    with pytest.raises(ConfigError, match="set1 has regression"):
+        mixture(images(tiny_data), {"family": "sinusoid"})
+    with pytest.raises(ConfigError, match="set0 has difficulty"):
+        mixture(images(tiny_data, difficulty={}), images(tiny_data))
+    with pytest.raises(ConfigError, match=r"sets\[1\]\.task\.n_wa: unknown key \(did you mean n_way"):
+        mixture(images(tiny_data), images(tiny_data, n_wa=3))
+    part = {"name": "one", "task": images(tiny_data)}
+    with pytest.raises(ConfigError, match="names must differ"):
+        validate(MixtureConfig, {"family": "mixture", "sets": [part, part]}, source="test")
+    with pytest.raises(ConfigError, match=r"training\.compile"):
+        experiments.check_fits(experiment(tmp_path, images(tiny_data), images(tiny_data, k_shot=2), compile=True))
+
+
+def test_keys_of_a_set_are_set_and_found(tiny_data: Path, tmp_path: Path) -> None:
+    exp = experiment(tmp_path, images(tiny_data), images(Path("elsewhere")))
+    content = config.apply_overrides(exp.to_dict(), ["task.sets[1].weight=5", "task.sets[1].task.data=/there"])
+    assert content["task"]["sets"][1]["weight"] == 5
+    assert config.flatten(content)["task.sets[1].task.data"] == "/there"
+    assert exp.task.sets[1].weight == 1
+    with pytest.raises(ConfigError, match=r"there is no sets\[2\]"):
+        config.apply_overrides(content, ["task.sets[2].weight=5"])
+    with pytest.raises(ConfigError, match=r"task\.sets\[1\]\.task\.data=elsewhere: on the cluster"):
+        placement.check_storage(exp)
