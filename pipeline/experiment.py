@@ -244,6 +244,11 @@ def build(experiment: Experiment, *, device: torch.device) -> Components:
     """
     dtype = getattr(torch, experiment.training.dtype)
     family = experiment.task.build(device=device, dtype=dtype)
+    if family.inputs not in experiment.model.inputs:
+        raise ConfigError(
+            f"model.name: {experiment.model.name} takes {' and '.join(experiment.model.inputs)}, and task.family: "
+            f"{experiment.task.family} gives {family.inputs}. Choose another model."
+        )
     model = experiment.model.build(
         input_shape=family.input_shape,
         num_outputs=family.num_outputs,

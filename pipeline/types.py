@@ -21,6 +21,9 @@ Statistics = dict[str, Tensor]
 Split = Literal["meta_train", "meta_val", "meta_test"]
 SPLITS: tuple[Split, ...] = ("meta_train", "meta_val", "meta_test")
 
+Inputs = Literal["images", "vectors", "tokens"]
+"""What a network takes: numbers [C, H, W] in 0…1, numbers of any shape, or token numbers (int64 [L], 0: no token)."""
+
 Normalization = Literal["transductive", "inductive"]
 """How a query set is normalized: by its own batch statistics (transductive: queries see each other, as the
 papers report), or by statistics that do not depend on it (inductive: one answer never depends on another)."""
@@ -103,6 +106,7 @@ class TaskFamily(Protocol):
     """Where episodes come from, and the objective that fits them."""
 
     objective: Objective
+    inputs: Inputs
     input_shape: tuple[int, ...]  # of one example, e.g. (C, H, W)
     num_outputs: int  # n_way of meta-training, or the dimension of the regression target
     train_classes: int | None  # that meta-training draws from; None where there are no classes

@@ -11,7 +11,7 @@ same with the kernels of `pipeline.kernels`.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +24,7 @@ from pipeline.errors import ConfigError
 from pipeline.kernels import Kernel, Precision, closed, native
 from pipeline.kernels.closed import Images
 from pipeline.models.normalization import Normalizer
-from pipeline.types import Params, Statistics
+from pipeline.types import Inputs, Params, Statistics
 
 BLOCKS = 4
 OF_BLOCK = ("conv.weight", "norm.weight", "norm.bias")
@@ -33,6 +33,8 @@ CPU = torch.device("cpu")
 
 class Conv4Config(Section):
     """Four blocks of 3×3 convolutions."""
+
+    inputs: ClassVar[tuple[Inputs, ...]] = ("images",)
 
     name: Literal["conv4"]
     hidden: int = Field(default=64, ge=1)  # channels of every block

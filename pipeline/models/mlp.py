@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -15,11 +15,13 @@ from pipeline.config import Section
 from pipeline.kernels import Kernel, Precision
 from pipeline.models.dense import dense
 from pipeline.models.normalization import Normalizer
-from pipeline.types import Params, Statistics
+from pipeline.types import Inputs, Params, Statistics
 
 
 class MLPConfig(Section):
     """Fully connected layers with ReLU; inputs of any shape are flattened."""
+
+    inputs: ClassVar[tuple[Inputs, ...]] = ("images", "vectors")
 
     name: Literal["mlp"]
     hidden: list[Annotated[int, Field(ge=1)]] = Field(default=[40, 40], min_length=1)  # units per layer
@@ -65,11 +67,7 @@ class MLP:
         params: Params = {}
         layers = len(self.sizes) - 1
         for layer, (fan_in, fan_out) in enumerate(zip(self.sizes, self.sizes[1:], strict=False), start=1):
-            name = "head" if layer == layers else f"layer{layer}"
-            limit = 1 / math.sqrt(fan_in)
-            for key, shape in (("weight", (fan_out, fan_in)), ("bias", (fan_out,))):
-                value = torch.empty(shape, dtype=torch.float64)
-                params[f"{name}.{key}"] = nn.init.uniform_(value, -limit, limit, generator=generator)
+            params |= init_affine("head" if layer == layers else f"layer{layer}", fan_in, fan_out, generator)
             if self.config.normalization == "batch" and layer < layers:
                 params[f"norm{layer}.weight"] = torch.ones(fan_out)
                 params[f"norm{layer}.bias"] = torch.zeros(fan_out)
@@ -92,7 +90,7 @@ class MLP:
         if self.config.normalization == "none":
             return self._dense(params, x.flatten(2), [*self._layers(), "head"]), {}
         x, observed = self.features(params, x, statistics=statistics, observe=observe)
-        return _linear(params, "head", x), observed
+        return affine(params, "head", x), observed
 
     def features(
         self,
@@ -110,7 +108,7 @@ class MLP:
             return F.relu(self._dense(params, x, self._layers())), {}
         normalize = Normalizer(statistics, observe)
         for layer in range(1, len(self.sizes) - 1):
-            x = _linear(params, f"layer{layer}", x)
+            x = affine(params, f"layer{layer}", x)
             tasks = x.shape[0]
             side_by_side = x.transpose(0, 1).flatten(1)  # [N, T·units]
             weight, bias = params[f"norm{layer}.weight"], params[f"norm{layer}.bias"]
@@ -126,5 +124,15 @@ class MLP:
         return dense(x, [params[f"{name}.weight"] for name in names], [params[f"{name}.bias"] for name in names])
 
 
-def _linear(params: Params, name: str, x: Tensor) -> Tensor:
+def init_affine(name: str, fan_in: int, fan_out: int, generator: torch.Generator) -> Params:
+    """`NAME.weight` [out, in] and `NAME.bias` [out], float64: PyTorch's default, uniform in ±1/√fan_in."""
+    limit = 1 / math.sqrt(fan_in)
+    return {
+        f"{name}.{key}": nn.init.uniform_(torch.empty(shape, dtype=torch.float64), -limit, limit, generator=generator)
+        for key, shape in (("weight", (fan_out, fan_in)), ("bias", (fan_out,)))
+    }
+
+
+def affine(params: Params, name: str, x: Tensor) -> Tensor:
+    """x [T, N, in] -> [T, N, out], by `NAME.weight` [T, out, in] and `NAME.bias` [T, out]."""
     return torch.baddbmm(params[f"{name}.bias"].unsqueeze(1), x, params[f"{name}.weight"].transpose(1, 2))

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -32,7 +32,7 @@ from pipeline.errors import ConfigError
 from pipeline.kernels import Kernel, Precision
 from pipeline.keys import bits
 from pipeline.models.episode_layers import EpisodeBatchNorm, EpisodeDropout, FixedBatchNorm, with_episode_layers
-from pipeline.types import Params, Statistics
+from pipeline.types import Inputs, Params, Statistics
 
 Batching = Literal["auto", "loop", "vmap"]
 BatchNormStatistics = Literal["episode", "pretrained"]
@@ -41,6 +41,8 @@ _ALWAYS_INSTALLED = ("torch", "torchvision")  # this package depends on them
 
 class ModuleConfig(Section):
     """Your own network: `factory` is called with `arguments` and returns an nn.Module for one task."""
+
+    inputs: ClassVar[tuple[Inputs, ...]] = ("images", "vectors", "tokens")
 
     name: Literal["module"]
     factory: str = Field(pattern=r"^[\w.]+:\w+$")  # "package.module:callable"

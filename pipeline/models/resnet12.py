@@ -23,7 +23,7 @@ Activations are [N, T·C, H, W], tasks side by side on the channel axis, as in `
 from __future__ import annotations
 
 import math
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -36,7 +36,7 @@ from pipeline.errors import ConfigError
 from pipeline.kernels import Kernel, Precision
 from pipeline.keys import bits, uniform
 from pipeline.models.normalization import Normalizer
-from pipeline.types import Params, Statistics
+from pipeline.types import Inputs, Params, Statistics
 
 BLOCKS, CONVOLUTIONS = 4, 3
 SLOPE = 0.1  # of LeakyReLU
@@ -46,6 +46,8 @@ Width = Annotated[int, Field(ge=1)]
 
 class ResNet12Config(Section):
     """Four residual blocks of three 3×3 convolutions."""
+
+    inputs: ClassVar[tuple[Inputs, ...]] = ("images",)
 
     name: Literal["resnet12"]
     widths: tuple[Width, Width, Width, Width] = (64, 160, 320, 640)  # channels of each block

@@ -15,7 +15,7 @@ episode the second is the steadier one where the images resemble those of the pr
 from __future__ import annotations
 
 import re
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, field_validator, model_validator
@@ -27,7 +27,7 @@ from pipeline.errors import ConfigError
 from pipeline.kernels import Kernel, Precision
 from pipeline.models.module import Batching, BatchNormStatistics, ModuleModel
 from pipeline.storage import absolute
-from pipeline.types import Params
+from pipeline.types import Inputs, Params
 
 NO_WEIGHTS = "none"
 STATE_FILES = (".pt", ".pth", ".safetensors")
@@ -37,6 +37,8 @@ MEAN, DEVIATION = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)  # of ImageNet's 
 
 class TorchvisionConfig(Section):
     """A network of torchvision.models."""
+
+    inputs: ClassVar[tuple[Inputs, ...]] = ("images",)
 
     name: Literal["torchvision"]
     architecture: str = Field(pattern=r"^\w+$", examples=["resnet18", "resnet50"])

@@ -30,7 +30,7 @@ from pipeline.tasks.shapes import (
     key_of_step,
     sample_unequal,
 )
-from pipeline.types import SPLITS, Split, TaskBatch
+from pipeline.types import SPLITS, Inputs, Split, TaskBatch
 
 
 class ClassTasksConfig(Section):
@@ -113,10 +113,11 @@ class Store(Protocol):
 class ClassTasks(OneShape):
     """Task family: the label of an example is its class's position in the episode.
 
-    A subclass sets `input_shape`, and `prefetch` where its examples do not lie in memory.
+    A subclass sets `inputs` and `input_shape`, and `prefetch` where its examples do not lie in memory.
     """
 
     objective = Classification()
+    inputs: Inputs
     input_shape: tuple[int, ...]
     prefetch = False
 

@@ -20,7 +20,7 @@ from pipeline.tasks.augmentation import AugmentationConfig
 from pipeline.tasks.classes import ClassTasks, ClassTasksConfig
 from pipeline.tasks.sampler import EpisodeIndices
 from pipeline.tasks.shapes import UnequalEpisodes
-from pipeline.types import Split
+from pipeline.types import Inputs, Split
 
 
 class ImagesConfig(ClassTasksConfig):
@@ -40,6 +40,7 @@ class ImagesConfig(ClassTasksConfig):
 class ImageTasks(ClassTasks):
     """Task family: x are images [C, H, W] in 0…1."""
 
+    inputs: Inputs = "images"
     config: ImagesConfig
 
     def __init__(self, config: ImagesConfig, *, device: torch.device, dtype: torch.dtype) -> None:

@@ -26,7 +26,7 @@ from pipeline.errors import ConfigError
 from pipeline.tasks.images import ImagesConfig
 from pipeline.tasks.regression import RegressionConfig
 from pipeline.tasks.sinusoid import SinusoidConfig
-from pipeline.types import SPLITS, Split, TaskBatch, TaskFamily
+from pipeline.types import SPLITS, Inputs, Split, TaskBatch, TaskFamily
 
 _SETS = 0x73657473  # no small number: those are slots
 
@@ -101,6 +101,7 @@ class MixtureTasks:
                     f"has {ours}. Prepare the data sets alike (data prepare --size, --kind)."
                 )
         self.objective = first.objective
+        self.inputs: Inputs = first.inputs
         self.input_shape = first.input_shape
         self.num_outputs = max(family.num_outputs for family in self.families)
         counts = [family.train_classes for family in self.families]
@@ -177,4 +178,4 @@ class MixtureTasks:
 
 def _kind(family: TaskFamily) -> str:
     outputs = f", {family.num_outputs} outputs" if family.objective.name == "regression" else ""
-    return f"{family.objective.name} of inputs {list(family.input_shape)}{outputs}"
+    return f"{family.objective.name} of {family.inputs} {list(family.input_shape)}{outputs}"

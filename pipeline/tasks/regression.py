@@ -33,7 +33,7 @@ from pipeline.config import Section
 from pipeline.tasks.ahead import StepsAhead
 from pipeline.tasks.objectives import Regression
 from pipeline.tasks.shapes import OneShape
-from pipeline.types import SPLITS, Split, TaskBatch
+from pipeline.types import SPLITS, Inputs, Split, TaskBatch
 
 _PARAMETERS, _POINTS, _NOISE = 0, 1, 2  # streams of one task's key
 INPUT = "input"  # the range of x
@@ -149,6 +149,7 @@ class RegressionTasks(OneShape):
     """Task family: validation draws from meta-training's distribution, meta-test from its own where that is given."""
 
     objective = Regression()
+    inputs: Inputs = "vectors"
     train_classes = None
     weighting = None
     prefetch = False

@@ -19,7 +19,7 @@ from pipeline.config import Section
 from pipeline.tasks.ahead import StepsAhead
 from pipeline.tasks.objectives import Regression
 from pipeline.tasks.shapes import OneShape
-from pipeline.types import SPLITS, Split, TaskBatch
+from pipeline.types import SPLITS, Inputs, Split, TaskBatch
 
 AMPLITUDE = (0.1, 5.0)
 PHASE = (0.0, math.pi)  # radians
@@ -54,6 +54,7 @@ class SinusoidTasks(OneShape):
     """Task family: the splits are independent draws of one distribution, as in the paper."""
 
     objective = Regression()
+    inputs: Inputs = "vectors"
     input_shape = (1,)
     num_outputs = 1
     train_classes = None

@@ -124,7 +124,7 @@ def test_sets_that_do_not_go_together_are_refused(
     tiny_data: Path, tiny_data_set: Callable[..., Path], tmp_path: Path
 ) -> None:
     large = tiny_data_set(size=16)
-    with pytest.raises(ConfigError, match=r"set1 has classification of inputs \[1, 16, 16\]"):
+    with pytest.raises(ConfigError, match=r"set1 has classification of images \[1, 16, 16\]"):
         mixture(images(tiny_data), images(large))
     with pytest.raises(ConfigError, match="set1 has regression"):
         mixture(images(tiny_data), {"family": "sinusoid"})
