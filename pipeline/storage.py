@@ -1,5 +1,7 @@
 """Places where files lie: on this machine or a path that all nodes share (`Path`), or in an object store.
 
+What is only read may also lie on a web server (`HttpPath`).
+
 An object store is addressed as `s3://BUCKET/KEY` or `gs://BUCKET/KEY` and reached through `pyarrow.fs`, with the
 credentials, region and endpoint of the environment (`AWS_ACCESS_KEY_ID`, `AWS_SECRET_ACCESS_KEY`, `AWS_REGION`,
 `AWS_ENDPOINT_URL`, …). What is written appears whole or not at all in both.
@@ -9,7 +11,6 @@ from __future__ import annotations
 
 import functools
 import os
-import random
 import shutil
 import tempfile
 import time
@@ -22,24 +23,27 @@ import pyarrow as pa
 import pyarrow.fs as pafs
 from pydantic import BeforeValidator
 
+from pipeline import http_path
+from pipeline.attempts import repeated
 from pipeline.errors import ConfigError
 from pipeline.files import sync, write_atomically
+from pipeline.http_path import HttpPath
 
 SCHEMES = ("s3", "gs")
-STORE_ATTEMPTS = 10  # of the store's own client for one request that failed in a way that may pass
-ATTEMPTS = 4  # of ours around it, for what its client does not try again
-FIRST_PAUSE = 0.2  # seconds; doubled with each attempt
+STORE_ATTEMPTS = 10  # of the store's own client for one request that failed in a way that may pass; ours are around it
 
 Result = TypeVar("Result")
 
 
 def _address(value: Any) -> Any:
-    """For pydantic: what a configuration may say of a place. Raises ValueError."""
+    """For pydantic: what a configuration may say of a place to write. Raises ValueError."""
     if isinstance(value, Path):
         return str(value)
     if isinstance(value, str) and "://" in value:
         scheme, _, rest = value.partition("://")
         bucket = rest.split("/", 1)[0]
+        if scheme in http_path.SCHEMES:
+            raise ValueError(f"{scheme}:// can only be read, as task.data; use a path, or {SCHEMES[0]}://BUCKET/KEY")
         if scheme not in SCHEMES:
             raise ValueError(f"{scheme}:// is not known; use a path, or one of {', '.join(f'{s}://' for s in SCHEMES)}")
         if not bucket or "@" in rest or "?" in rest or ":" in bucket:
@@ -50,7 +54,21 @@ def _address(value: Any) -> Any:
     return value
 
 
+def _address_to_read(value: Any) -> Any:
+    """For pydantic: what a configuration may say of a place that is only read. Raises ValueError."""
+    scheme, separator, rest = value.partition("://") if isinstance(value, str) else ("", "", "")
+    if not separator or scheme not in http_path.SCHEMES:
+        return _address(value)
+    if not rest.split("/", 1)[0] or any(sign in rest for sign in "@?#"):
+        raise ValueError(
+            f"write it as {scheme}://HOST/FOLDER and nothing else; a login is taken from ~/.netrc, proxies and "
+            "certificates from HTTPS_PROXY and REQUESTS_CA_BUNDLE"
+        )
+    return value
+
+
 Address = Annotated[str, BeforeValidator(_address)]
+ReadAddress = Annotated[str, BeforeValidator(_address_to_read)]
 
 
 class ObjectPath:
@@ -155,19 +173,11 @@ class ObjectPath:
 
     def _ask(self, request: Callable[[pafs.FileSystem], Result]) -> Result:
         """Every request here may be made twice, so one that failed in a way that may pass is made again."""
-        for attempt in range(1, ATTEMPTS + 1):
-            try:
-                return request(_store(self.scheme, self.key.split("/", 1)[0]))
-            except (FileNotFoundError, PermissionError):
-                raise
-            except OSError as error:
-                if attempt == ATTEMPTS or _is_final(error):
-                    raise
-            time.sleep(FIRST_PAUSE * 2**attempt * random.random())
-        raise AssertionError("unreachable")
+        return repeated(lambda: request(_store(self.scheme, self.key.split("/", 1)[0])), is_final=_is_final)
 
 
 Location: TypeAlias = Path | ObjectPath
+Readable: TypeAlias = Path | ObjectPath | HttpPath  # where what is only read may lie
 
 
 def location(address: str | Location) -> Location:
@@ -181,9 +191,20 @@ def location(address: str | Location) -> Location:
     return ObjectPath(address) if "://" in address else Path(address)
 
 
+def readable(address: str | Readable) -> Readable:
+    """The place at an address that is only read. Raises ConfigError: see `location`."""
+    if not isinstance(address, str):
+        return address
+    try:
+        _address_to_read(address)
+    except ValueError as error:
+        raise ConfigError(f"{address}: {error}.") from None
+    return HttpPath(address) if address.startswith(("http://", "https://")) else location(address)
+
+
 def absolute(address: str) -> str:
     """The address as another process, in another folder, must be given it."""
-    return str(location(address).absolute())
+    return str(readable(address).absolute())
 
 
 def write(place: Location, content: str | bytes) -> None:

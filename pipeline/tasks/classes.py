@@ -113,7 +113,8 @@ class Store(Protocol):
 class ClassTasks(OneShape):
     """Task family: the label of an example is its class's position in the episode.
 
-    A subclass sets `inputs` and `input_shape`, and `prefetch` where its examples do not lie in memory.
+    A subclass sets `inputs` and `input_shape`, and in `_place_examples` `prefetch`, where its examples do not lie on the
+    device: episodes are then drawn on the CPU, which reads them.
     """
 
     objective = Classification()
@@ -139,10 +140,12 @@ class ClassTasks(OneShape):
         self._sizes: dict[Split, tuple[int, int]] = {}  # of the smallest and the largest class
         self._members: dict[Split, Tensor] = {}
         self._counts: dict[Split, Tensor] = {}
-        counts = torch.tensor([entry.count for entry in self.manifest.classes], device=device)
+        self._place_examples()
+        self._drawn_on = torch.device("cpu") if self.prefetch else device
+        counts = torch.tensor([entry.count for entry in self.manifest.classes], device=self._drawn_on)
         for split in SPLITS:
             config.check_size(self.manifest, split)
-            members = torch.tensor(self.manifest.members(config.split, split), device=device)
+            members = torch.tensor(self.manifest.members(config.split, split), device=self._drawn_on)
             self._members[split] = members
             self._counts[split] = counts[members]
             sizes = [entry.count for entry in self.entries(split)]
@@ -151,7 +154,7 @@ class ClassTasks(OneShape):
         self.weighting = (
             ClassDifficulty(config.difficulty, classes=self.train_classes, device=device) if config.difficulty else None
         )
-        self._indices = StepsAhead(self._draw, device)
+        self._indices = StepsAhead(self._draw, self._drawn_on)
 
     def class_digests(self, split: Split) -> dict[str, str]:
         """sha256 of a class's examples -> its name, for the classes of one part."""
@@ -176,7 +179,7 @@ class ClassTasks(OneShape):
         if weights is None:
             indices = self._indices(split, step, slots, seed=seed)
         else:  # those of later steps are not known yet
-            indices = self._draw(split, seed, step, slots.to(self.device), weights)
+            indices = self._draw(split, seed, step, slots.to(self._drawn_on), weights.to(self._drawn_on))
         return self._batch(split, indices)
 
     def alike(self, split: Split, slots: Tensor) -> list[Tensor]:
@@ -202,21 +205,37 @@ class ClassTasks(OneShape):
             seed=seed,
             split=split,
             step=step,
-            slots=slots.to(self.device),
+            slots=slots.to(self._drawn_on),
             class_counts=self._counts[split].repeat(self._copies(split)),
             largest=self._sizes[split][1],
             shape=shape,
             imbalance=self.config.variable.imbalance,
             turn_classes=self._turns_classes(split),
-            class_weights=weights,
+            class_weights=None if weights is None else weights.to(self._drawn_on),
+            candidates=self._candidates(split, seed, step, slots),
         )
         return self._batch(split, episodes)
 
     def _batch(self, split: Split, indices: EpisodeIndices | UnequalEpisodes) -> TaskBatch:
         support_x, query_x = self._inputs(split, indices)
-        labels = torch.arange(indices.classes.shape[1], device=self.device).expand_as(indices.classes)
-        support_y, query_y = self._of_examples(labels, indices)
-        return TaskBatch(support_x, support_y, query_x, query_y, indices.keys, indices.classes)
+        labels = torch.arange(indices.classes.shape[1], device=self._drawn_on).expand_as(indices.classes)
+        support_y, query_y, keys, classes = map(
+            self._on_device, (*self._of_examples(labels, indices), indices.keys, indices.classes)
+        )
+        return TaskBatch(support_x, support_y, query_x, query_y, keys, classes)
+
+    def _on_device(self, drawn: Tensor) -> Tensor:
+        """What was drawn, without waiting for a GPU."""
+        if self.device.type != "cuda" or drawn.is_cuda:
+            return drawn
+        return drawn.pin_memory().to(self.device, non_blocking=True)
+
+    def _place_examples(self) -> None:
+        """Say where the examples are going to lie. The manifest is there, what is drawn by is not yet."""
+
+    def _candidates(self, split: Split, seed: int, steps: int | Tensor, slots: Tensor) -> Tensor | None:
+        """The only classes that an episode may hold, int64 [..., N] broadcast against the episodes; None: all."""
+        return None
 
     def _inputs(self, split: Split, indices: EpisodeIndices | UnequalEpisodes) -> tuple[Tensor, Tensor]:
         """The network's inputs [T, S, *input_shape] and [T, Q, *input_shape], each class's examples in a row."""
@@ -264,4 +283,5 @@ class ClassTasks(OneShape):
             n_query=n_query,
             turn_classes=self._turns_classes(split),
             class_weights=weights,
+            candidates=self._candidates(split, seed, steps, slots),
         )

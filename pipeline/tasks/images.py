@@ -1,26 +1,33 @@
 """Image classification episodes from Parquet shards.
 
-Small data sets live on the device as one uint8 tensor; larger ones stay in memory-mapped shards, are gathered on
-the CPU and sampled one step ahead by the training loop.
+Small data sets live on the device as one uint8 tensor. Larger ones are gathered on the CPU and sampled one step ahead
+by the training loop: from memory-mapped shards; or, with `window` and from an object store or a web server, from whole
+classes that are read into a bounded cache, those of the next window while the current one is used.
 
 Shapes: T tasks · W n_way · S support · Q query examples · C H W of one image.
 """
 
 from __future__ import annotations
 
+import weakref
+from pathlib import Path
 from typing import Any, Literal, Protocol
 
 import numpy as np
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from pipeline.errors import DataError
+from pipeline.storage import location
 from pipeline.tasks import shards
 from pipeline.tasks.augmentation import AugmentationConfig
+from pipeline.tasks.cached_images import CachedImages
 from pipeline.tasks.classes import ClassTasks, ClassTasksConfig
 from pipeline.tasks.sampler import EpisodeIndices
 from pipeline.tasks.shapes import UnequalEpisodes
-from pipeline.types import Inputs, Split
+from pipeline.tasks.windows import WindowConfig, Windows
+from pipeline.types import SPLITS, Inputs, Split, TaskBatch
 
 
 class ImagesConfig(ClassTasksConfig):
@@ -30,7 +37,10 @@ class ImagesConfig(ClassTasksConfig):
     rotations: Literal["none", "new_classes", "per_class"] = "none"
     # new_classes: each quarter turn of a meta-training class is a class of its own (ProtoNet, MANN);
     # per_class: the turn is drawn per class and task, so one episode never holds two turns of a class (MAML)
-
+    window: WindowConfig | None = None
+    # {classes: N, steps: M}: M outer steps draw from N classes, the next M from others. For sets larger than memory
+    cache_mb: int = Field(default=1024, ge=1)
+    # of whole classes in memory, per worker: with `window`, or where a set larger than memory_limit_mb is not on disk
     augmentation: AugmentationConfig | None = None  # random changes of meta-training's images; None: none
 
     def build(self, *, device: torch.device, dtype: torch.dtype) -> ImageTasks:
@@ -52,10 +62,67 @@ class ImageTasks(ClassTasks):
         if channels == 1 and config.augmentation and (config.augmentation.hue or config.augmentation.saturation):
             raise DataError(f"{config.data}: task.augmentation.hue and saturation are of RGB images, these are grey.")
         self.input_shape = (channels, height, width)
+        self._windows: Windows | None = None
+        if config.window is not None:
+            self._windows = Windows(config.window, {split: len(self._members[split]) for split in SPLITS})
+            self._check_window()
+        self._expected: tuple[int, int] | None = None
+        self._images = self._store()
+
+    def _place_examples(self) -> None:
         total = self.manifest.num_examples * self.manifest.image_bytes
-        self.prefetch = total > config.memory_limit_mb << 20
-        store = MappedImages if self.prefetch else DeviceImages
-        self._images: ImageStore = store(config.data, self.manifest, device)
+        self.prefetch = total > self.config.memory_limit_mb << 20
+
+    def _check_window(self) -> None:
+        """Raises DataError: too few classes for an episode, or too many for the cache."""
+        assert self.config.window is not None
+        number, data = self.config.window.classes, self.config.data
+        n_way = max(self.config.episode(split)[0] for split in SPLITS)
+        if number < n_way:
+            raise DataError(f"{data}: task.window.classes={number} is too few for {n_way}-way episodes. Raise it.")
+        counts = sorted((entry.count for entry in self.entries("meta_train")), reverse=True)
+        need = sum(counts[: 2 * number]) * self.manifest.image_bytes
+        if self.prefetch and need > self.config.cache_mb << 20:
+            raise DataError(
+                f"{data}: two windows of task.window.classes={number} classes take up to {-(-need >> 20)} MB, and "
+                f"task.cache_mb={self.config.cache_mb} holds fewer. Raise cache_mb, or lower window.classes."
+            )
+
+    def _store(self) -> ImageStore:
+        config = self.config
+        if not self.prefetch:
+            return DeviceImages(config.data, self.manifest, self.device)
+        if self._windows is None and isinstance(location(config.data), Path):
+            return MappedImages(config.data, self.manifest, self.device)
+        images = CachedImages(config.data, self.manifest, self.device, capacity=config.cache_mb << 20)
+        weakref.finalize(self, images.close)  # its threads hold the images, and not the family
+        return images
+
+    def sample(self, split: Split, step: int, slots: Tensor, *, seed: int, weights: Tensor | None = None) -> TaskBatch:
+        """See `ClassTasks.sample`. With windows, those of this step and the next ones are read in the background."""
+        if split == "meta_train":
+            self._expect_windows(step, seed)
+        return super().sample(split, step, slots, seed=seed, weights=weights)
+
+    def _expect_windows(self, step: int, seed: int) -> None:
+        if self._windows is None or not isinstance(self._images, CachedImages):
+            return
+        number = step // self._windows.config.steps
+        if self._expected == (seed, number):
+            return
+        members = self._members["meta_train"]
+        if self._windows.applies("meta_train"):
+            two = [self._windows.classes(seed, "meta_train", each) for each in (number, number + 1)]
+            members = members[torch.cat(two)]
+        self._images.expect(members.tolist())
+        self._expected = seed, number
+
+    def _candidates(self, split: Split, seed: int, steps: int | Tensor, slots: Tensor) -> Tensor | None:
+        if self._windows is None or not self._windows.applies(split):
+            return None
+        classes = self._windows.candidates(seed, split, self._windows.numbers(split, steps, slots)).to(self._drawn_on)
+        every = len(self._members[split])
+        return torch.cat([classes + copy * every for copy in range(self._copies(split))], dim=-1)
 
     @property
     def preprocessing(self) -> dict[str, Any]:
@@ -64,9 +131,9 @@ class ImageTasks(ClassTasks):
 
     def examples(self, split: Split, classes: list[int], count: int) -> Tensor:
         """The first images of classes of one part, uint8 [classes, count or the fewest that one has, C, H, W]."""
-        numbers = torch.tensor(classes, dtype=torch.int64, device=self.device)
+        numbers = torch.tensor(classes, dtype=torch.int64, device=self._drawn_on)
         fewest = min((self.entries(split)[c].count for c in classes), default=0)
-        rows = torch.arange(min(count, fewest), device=self.device).expand(1, len(classes), -1)
+        rows = torch.arange(min(count, fewest), device=self._drawn_on).expand(1, len(classes), -1)
         return self._images.gather(self._members[split][numbers].unsqueeze(0), rows)[0]
 
     def pixels(self, split: Split, step: int, slots: Tensor, *, seed: int) -> tuple[Tensor, Tensor]:
@@ -77,7 +144,7 @@ class ImageTasks(ClassTasks):
         support, query = (self._scaled(images) for images in self._pixels(split, indices))
         if split != "meta_train" or self.config.augmentation is None:
             return support, query
-        return self.config.augmentation(support, query, indices.keys)
+        return self.config.augmentation(support, query, self._on_device(indices.keys))
 
     def _pixels(self, split: Split, indices: EpisodeIndices | UnequalEpisodes) -> tuple[Tensor, Tensor]:
         images = self._gathered(self._images, split, indices)
@@ -85,7 +152,7 @@ class ImageTasks(ClassTasks):
         if rotations == "none":
             return images
         turns = indices.turns if rotations == "per_class" else indices.classes // len(self._members[split])
-        of_support, of_query = self._of_examples(turns, indices)
+        of_support, of_query = map(self._on_device, self._of_examples(turns, indices))
         return (
             rotate(images[0], of_support[:, :, None, None, None]),
             rotate(images[1], of_query[:, :, None, None, None]),

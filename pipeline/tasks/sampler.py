@@ -70,15 +70,17 @@ def sample_indices(
     n_query: int,
     turn_classes: bool = False,
     class_weights: Tensor | None = None,
+    candidates: Tensor | None = None,
 ) -> EpisodeIndices:
     """Draw the episodes of `slots` (int64 [T]) from classes with `class_counts` (int64 [C]) examples each.
 
-    Classes are uniform, whatever their sizes, or drawn with `class_weights` (float64 [C], all above zero). The caller
-    has checked that there are `n_way` classes and that each has at least `k_shot + n_query` examples. With steps [B, 1]
+    Classes are uniform, whatever their sizes, or drawn with `class_weights` (float64 [C], all above zero).
+    `candidates` (int64 [..., N], broadcast against the episodes) are the only classes to draw from. The caller has
+    checked that there are `n_way` classes and that each has at least `k_shot + n_query` examples. With steps [B, 1]
     all that is returned has an axis B in front of T. `turn_classes` draws a number of quarter turns per class and task.
     """
     episode = keys.of_episodes(seed, SPLITS.index(split), step, slots)  # [T]
-    classes = draw_classes(episode, class_counts, n_way, class_weights)
+    classes = draw_classes(episode, class_counts, n_way, class_weights, candidates)
     examples = draw_without_replacement(
         keys.uniform(example_keys(episode, n_way), k_shot + n_query), class_counts[classes]
     )
@@ -86,15 +88,26 @@ def sample_indices(
     return EpisodeIndices(classes, examples[..., :k_shot], examples[..., k_shot:], turns, episode)
 
 
-def draw_classes(episode: Tensor, class_counts: Tensor, n_way: int, class_weights: Tensor | None) -> Tensor:
+def draw_classes(
+    episode: Tensor,
+    class_counts: Tensor,
+    n_way: int,
+    class_weights: Tensor | None,
+    candidates: Tensor | None = None,
+) -> Tensor:
     """The classes int64 [T, W] of episodes by their keys [T], as `sample_indices` has them."""
     class_uniforms = keys.uniform(keys.fold(episode, _CLASSES), n_way)
+    population = len(class_counts) if candidates is None else candidates.shape[-1]
     if class_weights is None:
-        return draw_without_replacement(class_uniforms, len(class_counts))
-    arrivals = keys.uniform(keys.fold(episode, _ARRIVALS), len(class_counts))
-    classes = draw_weighted(arrivals, class_weights, n_way)
-    order = draw_without_replacement(class_uniforms, n_way)  # or the first labels would have the hardest classes
-    return classes.gather(-1, order)
+        classes = draw_without_replacement(class_uniforms, population)
+    else:
+        arrivals = keys.uniform(keys.fold(episode, _ARRIVALS), population)
+        classes = draw_weighted(arrivals, class_weights if candidates is None else class_weights[candidates], n_way)
+        order = draw_without_replacement(class_uniforms, n_way)  # or the first labels would have the hardest classes
+        classes = classes.gather(-1, order)
+    if candidates is None:
+        return classes
+    return candidates.expand(*classes.shape[:-1], population).gather(-1, classes)
 
 
 def example_keys(episode: Tensor, n_way: int) -> Tensor:

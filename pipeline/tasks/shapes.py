@@ -127,6 +127,7 @@ def sample_unequal(
     imbalance: bool = True,
     turn_classes: bool = False,
     class_weights: Tensor | None = None,
+    candidates: Tensor | None = None,
 ) -> UnequalEpisodes:
     """Draw the episodes of `slots` (int64 [T]) of one shape from classes with `class_counts` (int64 [C]) examples.
 
@@ -136,7 +137,7 @@ def sample_unequal(
     """
     n_way, support, n_query = shape
     episode = keys.of_episodes(seed, SPLITS.index(split), step, slots)
-    classes = draw_classes(episode, class_counts, n_way, class_weights)
+    classes = draw_classes(episode, class_counts, n_way, class_weights, candidates)
     counts = class_counts[classes]
     if imbalance:
         shots = deal_shots(keys.uniform(keys.fold(episode, _SHOTS), n_way), counts, n_query, support)

@@ -14,10 +14,12 @@ MODULES = sorted(path for top in ("pipeline", "jobs") for path in (REPOSITORY / 
 
 ROOTS = {
     "pipeline.types",
+    "pipeline.attempts",
     "pipeline.config",
     "pipeline.credentials",
     "pipeline.errors",
     "pipeline.files",
+    "pipeline.http_path",
     "pipeline.keys",
     "pipeline.storage",
 }

@@ -1,0 +1,338 @@
+"""Data sets larger than memory: windows of classes, and the cache that holds them."""
+
+import gc
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.config import validate
+from pipeline.errors import DataError
+from pipeline.tasks import class_cache, shards
+from pipeline.tasks.cached_images import CachedImages
+from pipeline.tasks.class_cache import ClassCache
+from pipeline.tasks.images import ImagesConfig, ImageTasks
+from pipeline.tasks.windows import WindowConfig, Windows
+from pipeline.types import TaskBatch
+
+WINDOW = {"classes": 4, "steps": 3, "eval_episodes": 2}
+
+
+@pytest.fixture(scope="module")
+def data(tiny_data_set: Callable[..., Path]) -> Path:
+    """48 classes, 16 in each part, of 8 images of 144 bytes."""
+    return tiny_data_set(classes=48)
+
+
+def tasks(data: Path, *, memory_limit_mb: int = 0, **options: Any) -> ImageTasks:
+    content = {"family": "images", "data": data, "split": "random", "n_way": 3, "k_shot": 2, "n_query": 2}
+    content |= {"eval_n_query": 2, "memory_limit_mb": memory_limit_mb, **options}
+    config = validate(ImagesConfig, content, source="test")
+    return config.build(device=torch.device("cpu"), dtype=torch.float32)
+
+
+def equal(a: TaskBatch, b: TaskBatch) -> bool:
+    return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+@settings(max_examples=25, deadline=None)
+@given(every=st.integers(3, 40), size=st.integers(2, 12), number=st.integers(0, 10**6), seed=st.integers(0, 2**40))
+def test_within_a_round_no_class_comes_twice(every: int, size: int, number: int, seed: int) -> None:
+    size = min(size, every - 1)
+    windows = Windows(WindowConfig(classes=size, steps=1), {"meta_train": every, "meta_val": every, "meta_test": 2})
+    in_round = every // size
+    first = number - number % in_round
+    dealt = torch.cat([windows.classes(seed, "meta_train", first + i) for i in range(in_round)])
+    assert len(dealt.unique()) == len(dealt) == in_round * size
+    assert 0 <= int(dealt.min()) <= int(dealt.max()) < every
+    again = Windows(windows.config, {"meta_train": every, "meta_val": every, "meta_test": 2})
+    assert torch.equal(again.classes(seed, "meta_train", number), windows.classes(seed, "meta_train", number))
+    several = torch.tensor([[number], [0], [number]])
+    assert torch.equal(
+        windows.candidates(seed, "meta_train", several)[[0, 2], 0],
+        windows.classes(seed, "meta_train", number).expand(2, -1),
+    )
+
+
+def test_all_classes_come_and_orders_differ() -> None:
+    windows = Windows(WindowConfig(classes=5, steps=1), {"meta_train": 12, "meta_val": 12, "meta_test": 12})
+    dealt = [windows.classes(0, "meta_train", number) for number in range(400)]
+    counts = torch.cat(dealt).bincount(minlength=12)
+    assert int(counts.sum()) == 2000
+    assert 130 < int(counts.min()) <= int(counts.max()) < 200  # 2000 / 12 = 167 each
+    assert len({tuple(window.tolist()) for window in dealt}) > 390
+    others = [windows.classes(1, "meta_train", 0), windows.classes(0, "meta_val", 0)]
+    assert not any(torch.equal(dealt[0], other) for other in others)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"rotations": "new_classes"},
+        {"difficulty": {"strength": 1.0}},
+        {"variable": {"least_n_way": 2, "most_shots": 4}},
+    ],
+)
+def test_a_step_holds_classes_of_its_window_alone(data: Path, options: dict[str, Any]) -> None:
+    family = tasks(data, window=WINDOW, **options)
+    assert family._windows is not None
+    number = family.train_classes
+    weights = torch.rand(number, dtype=torch.float64) + 0.1 if "difficulty" in options else None
+    for step in (0, 2, 3, 17, 18):
+        window = set(family._windows.classes(5, "meta_train", step // 3).tolist())
+        batch = family.sample("meta_train", step, torch.arange(30), seed=5, weights=weights)
+        assert batch.classes is not None
+        assert {c % 16 for c in batch.classes.flatten().tolist()} == window
+        assert all(len(set(row)) == len(row) for row in batch.classes.tolist())
+        if options.get("rotations"):
+            assert {c // 16 for c in batch.classes.flatten().tolist()} == {0, 1, 2, 3}
+
+
+def test_hard_classes_of_a_window_come_more_often(data: Path) -> None:
+    family = tasks(data, window=WINDOW)
+    assert family._windows is not None
+    window = family._windows.classes(0, "meta_train", 0)
+    weights = torch.full((16,), 0.01, dtype=torch.float64)
+    weights[window[0]] = 1
+    batch = family.sample("meta_train", 0, torch.arange(50), seed=0, weights=weights)
+    assert batch.classes is not None
+    assert int((batch.classes == window[0]).sum()) > 45
+
+
+def test_validation_draws_from_a_window_for_some_slots(data: Path) -> None:
+    family = tasks(data, window=WINDOW)
+    slots = torch.arange(60)
+    batch = family.sample("meta_val", 0, slots, seed=0)
+    assert batch.classes is not None
+    for slot in range(0, 60, 2):
+        assert len(batch.classes[slot : slot + 2].unique()) <= 4
+    assert len(batch.classes.unique()) == 16  # over all slots every class of the part
+    assert equal(family.sample("meta_val", 0, slots[1::2], seed=0), batch.tasks(slots[1::2]))
+
+
+def test_the_same_episodes_from_memory_from_shards_and_from_the_cache(data: Path) -> None:
+    """In whatever order they are asked for, by one worker or two, from the start or later."""
+    whole = tasks(data, window=WINDOW, memory_limit_mb=100)
+    cached = tasks(data, window=WINDOW)
+    assert (whole.prefetch, cached.prefetch) == (False, True)
+    assert isinstance(cached._images, CachedImages)
+    slots = torch.arange(8)
+    for step in range(14):
+        expected = whole.sample("meta_train", step, slots, seed=1)
+        assert equal(cached.sample("meta_train", step, slots, seed=1), expected)
+    late = tasks(data, window=WINDOW)
+    for rank in range(2):
+        share = late.sample("meta_train", 13, slots[rank::2], seed=1)
+        assert equal(share, expected.tasks(slots[rank::2]))
+    for split in ("meta_val", "meta_test"):
+        assert equal(cached.sample(split, 0, slots, seed=1), whole.sample(split, 0, slots, seed=1))
+    assert torch.equal(cached.examples("meta_val", [3, 1], 5), whole.examples("meta_val", [3, 1], 5))
+
+
+def test_a_window_of_all_classes_changes_nothing(data: Path) -> None:
+    plain, windowed = tasks(data), tasks(data, window={"classes": 16, "steps": 1})
+    for step in (0, 1, 7):
+        batch = windowed.sample("meta_train", step, torch.arange(5), seed=0)
+        assert equal(batch, plain.sample("meta_train", step, torch.arange(5), seed=0))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"window": {"classes": 2, "steps": 3}}, r"window.classes=2 is too few for 3-way episodes"),
+        ({"window": {"classes": 16, "steps": 3}, "cache_mb": 1, "scale": 1000}, r"take up to 2 MB.*task.cache_mb=1"),
+    ],
+)
+def test_windows_that_do_not_fit_are_refused(
+    data: Path, options: dict[str, Any], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scale = options.pop("scale", None)
+    if scale:  # as if the images were larger
+        monkeypatch.setattr(shards.Manifest, "image_bytes", property(lambda self: 16 * scale))
+    with pytest.raises(DataError, match=words):
+        tasks(data, **options)
+
+
+def test_a_damaged_class_stops_the_step_that_needs_it(tiny_data_set: Callable[..., Path]) -> None:
+    """And no step before it. Repaired, the same family goes on."""
+    data = tiny_data_set(classes=48)
+    family = tasks(data, window={"classes": 3, "steps": 2})
+    whole = tasks(data, window={"classes": 3, "steps": 2}, memory_limit_mb=100)
+    slots = torch.arange(4)
+    reference = whole.sample("meta_train", 2, slots, seed=0)
+    assert family._windows is not None
+    entry = family.entries("meta_train")[int(family._windows.classes(0, "meta_train", 1)[0])]
+    file = data / family.manifest.shards[entry.row_groups[0].shard].file
+    sound = file.read_bytes()
+    pixels = shards.ShardReader(data, family.manifest).read_class(family.manifest.classes.index(entry))
+    place = sound.index(pixels.tobytes()) + 50
+    put(file, place, bytes([sound[place] ^ 1]))
+    for step in (0, 1):
+        family.sample("meta_train", step, slots, seed=0)
+    with pytest.raises(DataError, match=file.name):
+        family.sample("meta_train", 2, slots, seed=0)
+    put(file, place, sound[place : place + 1])
+    assert equal(family.sample("meta_train", 2, slots, seed=0), reference)
+
+
+# the cache
+
+
+def numbered(number: int) -> np.ndarray:
+    return np.full(10, number, dtype=np.uint8)
+
+
+def test_the_cache_holds_no_more_than_its_capacity() -> None:
+    read: list[int] = []
+
+    def load(number: int) -> np.ndarray:
+        read.append(number)
+        return numbered(number)
+
+    cache = ClassCache(load, lambda _: 10, capacity=30)
+    for number in (1, 2, 3, 1, 4, 1, 2):
+        assert (cache.get(number) == number).all()
+        assert cache.nbytes <= 30
+    assert read == [1, 2, 3, 4, 2]  # 2 was the one unused for longest when 4 came
+    assert (cache.counts.hits, cache.counts.misses) == (2, 5)
+
+
+def test_what_is_expected_is_read_ahead_in_order_and_stays() -> None:
+    read: list[int] = []
+
+    def load(number: int) -> np.ndarray:
+        read.append(number)
+        return numbered(number)
+
+    cache = ClassCache(load, lambda _: 10, capacity=30, readers=1)
+    cache.expect([7, 5, 6])
+    until(lambda: len(read) == 3)
+    assert read == [7, 5, 6]
+    for number in range(20, 24):  # there is no room for them
+        assert (cache.get(number) == number).all()
+    assert cache.nbytes == 30
+    assert [int(cache.get(number)[0]) for number in (5, 6, 7)] == [5, 6, 7]
+    assert read == [7, 5, 6, 20, 21, 22, 23]
+    assert cache.counts.hits == 3
+    cache.expect([6, 8])
+    until(lambda: 8 in read)
+    assert (cache.get(8) == 8).all()
+    assert cache.nbytes == 30
+
+
+def test_what_failed_ahead_is_tried_again_when_it_is_needed() -> None:
+    broken, tries = {1, 2}, []
+
+    def load(number: int) -> np.ndarray:
+        tries.append(number)
+        if number in broken:
+            raise DataError(f"shard {number}")
+        return numbered(number)
+
+    cache = ClassCache(load, lambda _: 10, capacity=100, readers=1)
+    cache.expect([1, 2, 3])
+    until(lambda: len(tries) == 3)
+    assert (cache.get(3) == 3).all()
+    with pytest.raises(DataError, match="shard 1"):
+        cache.get(1)
+    broken.clear()
+    assert (cache.get(1) == 1).all()
+    assert (cache.get(2) == 2).all()
+    until(lambda: cache.nbytes == 30)
+
+
+def test_many_threads_read_each_class_once() -> None:
+    read: list[int] = []
+
+    def load(number: int) -> np.ndarray:
+        time.sleep(0.002)
+        read.append(number)
+        return numbered(number)
+
+    cache = ClassCache(load, lambda _: 10, capacity=1000)
+    cache.expect(range(20))
+    wrong: list[int] = []
+
+    def ask() -> None:
+        wrong.extend(number for number in range(20) if not (cache.get(number) == number).all())
+
+    threads = [threading.Thread(target=ask) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+    assert sorted(read) == list(range(20))
+
+
+def test_reading_ahead_ends_with_the_cache() -> None:
+    def load(number: int) -> np.ndarray:
+        time.sleep(0.01)
+        return numbered(number)
+
+    cache = ClassCache(load, lambda _: 10, capacity=10**6)
+    cache.expect(range(10_000))
+    assert readers() > 0
+    cache.close()
+    until(lambda: readers() == 0)
+
+
+def test_reading_ahead_ends_with_the_family(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    read = CachedImages._read
+    monkeypatch.setattr(CachedImages, "_read", lambda self, number: (time.sleep(0.05), read(self, number))[1])
+    family = tasks(data, window={"classes": 8, "steps": 1})
+    family.sample("meta_train", 0, torch.arange(1), seed=0)
+    assert readers() > 0
+    queue = family._images.cache._queue  # type: ignore[attr-defined]
+    del family
+    gc.collect()  # it is in a cycle
+    assert not queue
+    until(lambda: readers() == 0)
+
+
+def test_a_program_ends_while_it_reads_ahead() -> None:
+    program = """
+import runpy, sys, time
+import numpy as np
+ClassCache = runpy.run_path(sys.argv[1])["ClassCache"]  # without its package, which imports torch
+
+def load(number):
+    time.sleep(0.05)
+    return np.zeros(1, np.uint8)
+
+cache = ClassCache(load, lambda _: 1, capacity=10**6)
+cache.expect(range(10_000))
+print(cache.get(3))
+"""
+    ended = subprocess.run(
+        [sys.executable, "-c", program, class_cache.__file__], capture_output=True, text=True, timeout=60
+    )
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, "[0]\n", "")
+
+
+def put(file: Path, place: int, content: bytes) -> None:
+    """Into a file that stays as long as it is: it is mapped."""
+    with file.open("r+b") as stream:
+        stream.seek(place)
+        stream.write(content)
+
+
+def readers() -> int:
+    return sum(thread.name == "read-ahead" for thread in threading.enumerate())
+
+
+def until(done: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not done():
+        assert time.monotonic() < deadline
+        time.sleep(0.002)
