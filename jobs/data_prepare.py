@@ -14,6 +14,7 @@ from typer.core import TyperGroup
 from jobs import console, data_summary
 
 if TYPE_CHECKING:
+    from pipeline.datasets.prepare import Progress as Prepared
     from pipeline.datasets.sources import SourceOptions
     from pipeline.tasks.shards import Manifest
 
@@ -51,12 +52,11 @@ def prepare(
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     with Progress(*columns, console=console.err, transient=True) as progress:
         task = progress.add_task(f"reading {source_name}")
-        count = 0
 
-        def advance(raw: Any) -> None:
-            nonlocal count
-            count += 1
-            progress.update(task, description=f"{count} classes, now {escape(raw.name)}")
+        def advance(done: Prepared) -> None:
+            bad = f", {done.problems} that cannot be read" if done.problems else ""
+            text = f"{done.classes} classes, {done.examples} examples{bad}, now {escape(done.name)}"
+            progress.update(task, description=text)
 
         manifest, _ = write_data_set(source, out, record=record, seed=seed, overwrite=overwrite, progress=advance)
     show = lambda: data_summary.show(out, manifest)  # noqa: E731

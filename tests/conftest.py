@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.datasets.source import RawClass
 from pipeline.tasks import shards
 from pipeline.types import SPLITS, Split
 from tests.servers import mlflow_server, postgres, s3
@@ -76,14 +75,14 @@ def tiny_data_set(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pat
         names = [f"group{i // 4}/class{i:02d}" for i in range(classes)]
         parts: dict[str, Split] = {name: SPLITS[i % len(SPLITS)] for i, name in enumerate(names)}
 
-        def source() -> Iterator[RawClass]:
+        def source() -> Iterator[shards.ClassExamples]:
             for i, name in enumerate(names):
                 random = np.random.default_rng(i)
                 pattern = random.choice([0, 200], size=(1, size, size, channels))
                 noise = random.integers(0, 56, size=(per_class, size, size, channels))
                 images = (pattern + noise).astype(np.uint8)
                 margin = np.pad(np.ones((size - 4, size - 4, 1), dtype=np.uint8), ((2, 2), (2, 2), (0, 0)))
-                yield RawClass(name, name.split("/")[0], images * margin)
+                yield shards.ClassExamples(name, name.split("/")[0], images * margin)
 
         out = tmp_path_factory.mktemp("data") / "tiny"
         shards.write(

@@ -22,7 +22,6 @@ from pathlib import Path
 import numpy as np
 import yaml
 
-from pipeline.datasets.source import RawClass
 from pipeline.runs import RunFolder
 from pipeline.tasks import shards
 from pipeline.training import journal
@@ -48,7 +47,7 @@ def data_set(folder: Path) -> Path:
         for i, name in enumerate(names):
             chance = np.random.default_rng(i)
             pattern = chance.choice([0, 200], size=(1, 12, 12, 1)) + chance.integers(0, 56, size=(8, 12, 12, 1))
-            yield RawClass(name, "", pattern.astype(np.uint8))
+            yield shards.ClassExamples(name, "", pattern.astype(np.uint8))
 
     parts = {name: SPLITS[i % 3] for i, name in enumerate(names)}
     preprocessing = {"kind": "drawing", "size": 12, "channels": 1}

@@ -14,11 +14,9 @@ Every drawing is a function of (seed, class name, its number, size) and of the f
 from __future__ import annotations
 
 import hashlib
-import multiprocessing
 import unicodedata
-from collections.abc import Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor
-from functools import lru_cache, partial
+from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -28,7 +26,7 @@ from pipeline.datasets.glyph_pen import clean_drawing, draw
 from pipeline.datasets.glyph_strokes import Stroke, codepoints_of, is_line_drawing, strokes_of
 from pipeline.datasets.near_duplicates import similarities
 from pipeline.datasets.preprocessing import Preprocessing
-from pipeline.datasets.source import RawClass
+from pipeline.datasets.source import Problem, RawClass, Source
 from pipeline.datasets.sources import SourceOptions
 from pipeline.errors import DataError
 
@@ -99,37 +97,38 @@ class GlyphsOptions(SourceOptions):
         return Glyphs(seed=seed, size=self.size)
 
 
-class Glyphs:
-    """The data set as a source for `prepare`."""
+class Drawing(NamedTuple):
+    """One drawing before it is drawn."""
 
-    def __init__(self, *, seed: int = 0, size: int = 28, drawings: int = 20, processes: int = 2) -> None:
+    character: Character
+    number: int
+
+
+class Glyphs(Source):
+    """The data set as a source for `prepare`: every class with uint8 [drawings, size, size, 1]."""
+
+    preprocessing: Preprocessing
+
+    def __init__(self, *, seed: int = 0, size: int = 28, drawings: int = 20) -> None:
+        """size: pixels per side, at least 16. Raises DataError: a number out of range."""
+        if size < 16 or drawings < 1:
+            raise DataError(f"size {size}, drawings {drawings}: at least 16 and 1 are needed.")
         self.preprocessing = Preprocessing(kind="drawing", size=size)
-        self._draw = partial(classes, seed=seed, size=size, drawings=drawings, processes=processes)
+        self._seed = seed
+        self._drawings = drawings
 
     def classes(self) -> Iterator[RawClass]:
-        return self._draw()
+        """Raises DataError: no fonts found."""
+        for character in characters():
+            yield RawClass(character.name, character.group, [Drawing(character, i) for i in range(self._drawings)])
+
+    def read(self, items: Sequence[Drawing]) -> tuple[np.ndarray, list[Problem]]:
+        drawn = [drawing(item, seed=self._seed, size=self.preprocessing.size) for item in items]
+        return np.stack(drawn), []
 
     def splits(self, *, seed: int) -> dict[str, dict[str, Split]]:
         """The one class split, `script`; it is fixed, whatever the seed."""
         return {"script": splits({character.name: character.group for character in characters()})}
-
-
-def classes(*, seed: int = 0, size: int = 28, drawings: int = 20, processes: int = 2) -> Iterator[RawClass]:
-    """All classes, each with uint8 [drawings, size, size, 1]; the same for any number of `processes`.
-
-    size: pixels per side, at least 16. Processes are spawned: a script that calls this with `processes` above 1
-    needs the `if __name__ == "__main__"` guard. Raises DataError: a number out of range, or no fonts found.
-    """
-    if size < 16 or drawings < 1 or processes < 1:
-        raise DataError(f"size {size}, drawings {drawings}, processes {processes}: at least 16, 1 and 1 are needed.")
-    chosen = characters()
-    draw_class = partial(drawings_of, seed=seed, size=size, drawings=drawings)
-    if processes == 1:
-        yield from map(draw_class, chosen)
-        return
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(processes, mp_context=context) as pool:
-        yield from pool.map(draw_class, chosen, chunksize=8)
 
 
 def splits(groups: Mapping[str, str]) -> dict[str, Split]:
@@ -191,17 +190,15 @@ def _slug(character: str, script: Script) -> str:
 # The drawings of a class
 
 
-def drawings_of(character: Character, *, seed: int, size: int, drawings: int) -> RawClass:
-    """One class, uint8 [drawings, size, size, 1], size in pixels: the i-th depends on (seed, name, i, size) only."""
-    images = np.empty((drawings, size, size, 1), dtype=np.uint8)
-    variants = _variants(character)
-    for i in range(drawings):
-        digest = hashlib.sha256(f"{seed}/{character.name}/{i}".encode()).digest()
-        rng = np.random.default_rng(int.from_bytes(digest[:16], "big"))
-        images[i, :, :, 0] = draw(variants[rng.integers(len(variants))], rng, size=size)
-    return RawClass(character.name, character.group, images)
+def drawing(item: Drawing, *, seed: int, size: int) -> np.ndarray:
+    """uint8 [size, size, 1], size in pixels; depends on (seed, name, number, size) only."""
+    variants = _variants(item.character)
+    digest = hashlib.sha256(f"{seed}/{item.character.name}/{item.number}".encode()).digest()
+    rng = np.random.default_rng(int.from_bytes(digest[:16], "big"))
+    return draw(variants[rng.integers(len(variants))], rng, size=size)[..., None]
 
 
+@lru_cache(maxsize=8)
 def _variants(character: Character) -> list[tuple[Stroke, ...]]:
     """The character's strokes in the reference face, and in every other face that agrees with it."""
     found = [strokes_of(face, character.codepoint) for face in character.faces]

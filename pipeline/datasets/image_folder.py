@@ -6,15 +6,21 @@ SOURCE/GROUP/CLASS/*.jpg      groups are kept whole by the split `group`
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 from pydantic import Field
 
-from pipeline.datasets.preprocessing import IMAGE_SUFFIXES, Preprocessing, open_picture, pictures_in
-from pipeline.datasets.source import RawClass
+from pipeline.datasets.preprocessing import (
+    IMAGE_SUFFIXES,
+    Preprocessing,
+    open_picture,
+    pictures_in,
+    readable,
+)
+from pipeline.datasets.source import Problem, RawClass, Source
 from pipeline.datasets.sources import FolderOptions
 from pipeline.datasets.splits import group_split, random_split
 from pipeline.errors import DataError
@@ -34,8 +40,10 @@ class ImageFolderOptions(FolderOptions):
         return ImageFolder(self.folder(), preprocessing=preprocessing)
 
 
-class ImageFolder:
+class ImageFolder(Source):
     """Raw classes from folders. Raises DataError: no such folder, or no class folders with pictures in it."""
+
+    preprocessing: Preprocessing
 
     def __init__(self, source: str | Path, *, preprocessing: Preprocessing) -> None:
         self.preprocessing = preprocessing
@@ -43,8 +51,10 @@ class ImageFolder:
 
     def classes(self) -> Iterator[RawClass]:
         for name, folder in self._classes.items():
-            images = [self.preprocessing(open_picture(path)) for path in pictures_in(folder)]
-            yield RawClass(name, _group(name), np.stack(images))
+            yield RawClass(name, _group(name), pictures_in(folder))
+
+    def read(self, items: Sequence[Path]) -> tuple[np.ndarray, list[Problem]]:
+        return readable(items, open_picture, self.preprocessing)
 
     def splits(self, *, seed: int) -> dict[str, dict[str, Split]]:
         groups = {name: _group(name) for name in self._classes}

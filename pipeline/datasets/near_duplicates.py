@@ -50,12 +50,18 @@ def near_duplicates(
     prototypes: class name -> (its split, uint8 [count, H, W, C], the same H, W, C for all classes). threshold: in
     [-1, 1]. Raises DataError where shapes differ or a class has no image.
     """
-    names = sorted(prototypes, key=lambda name: (prototypes[name][0], name))
+    means = mean_images({name: images for name, (_, images) in prototypes.items()})
+    return alike({name: (prototypes[name][0], mean) for name, mean in means.items()}, threshold)
+
+
+def alike(means: Mapping[str, tuple[Split, np.ndarray]], threshold: float = DEFAULT_THRESHOLD) -> list[NearDuplicate]:
+    """The same from each class's mean image: class name -> (its split, float32 [h, w, C] of `mean_image`)."""
+    names = sorted(means, key=lambda name: (means[name][0], name))
     if len(names) < 2:
         return []
-    splits = [prototypes[name][0] for name in names]
-    means = mean_images({name: prototypes[name][1] for name in names})
-    similar = similarities(means - means.mean(axis=0), max_shift=MAX_SHIFT)
+    splits = [means[name][0] for name in names]
+    stack = np.stack([means[name][1] for name in names])
+    similar = similarities(stack - stack.mean(axis=0), max_shift=MAX_SHIFT)
     split_number = np.unique(splits, return_inverse=True)[1]
     across = np.triu(split_number[:, None] != split_number[None, :])
     rows, columns = np.nonzero(across & (similar >= threshold))
@@ -66,12 +72,8 @@ def near_duplicates(
     return sorted(found, key=lambda pair: (-pair.similarity, pair.class_a, pair.class_b))
 
 
-def mean_images(images: Mapping[str, np.ndarray], *, grid: int = GRID) -> np.ndarray:
-    """Each class's mean image on a coarse grid: uint8 [count, H, W, C] each -> float32 [classes, h, w, C] in [0, 1].
-
-    A cell is max(1, H // grid) pixels square, so h is about `grid`; pixels that fill no cell are left out.
-    """
-    means = []
+def mean_images(images: Mapping[str, np.ndarray], *, grid: int = GRID) -> dict[str, np.ndarray]:
+    """`mean_image` of each class: uint8 [count, H, W, C] each, the same H, W, C. Raises DataError where it is not."""
     shape: tuple[int, ...] | None = None
     for name, array in images.items():
         shape = array.shape[1:] if shape is None else shape
@@ -79,13 +81,20 @@ def mean_images(images: Mapping[str, np.ndarray], *, grid: int = GRID) -> np.nda
             raise DataError(
                 f"{name}: images of shape {array.shape}, where [count, {', '.join(map(str, shape))}] was expected."
             )
-        means.append(array.mean(axis=0, dtype=np.float32) / np.float32(255))
-    stack = np.stack(means)
-    count, height, width, channels = stack.shape
+    return {name: mean_image(array, grid=grid) for name, array in images.items()}
+
+
+def mean_image(images: np.ndarray, *, grid: int = GRID) -> np.ndarray:
+    """The mean of uint8 [count, H, W, C] on a coarse grid: float32 [h, w, C] in [0, 1].
+
+    A cell is max(1, H // grid) pixels square, so h is about `grid`; pixels that fill no cell are left out.
+    """
+    mean = images.mean(axis=0, dtype=np.float32) / np.float32(255)
+    height, width, channels = mean.shape
     cell_h, cell_w = max(1, height // grid), max(1, width // grid)
     h, w = height // cell_h, width // cell_w
-    cells = stack[:, : h * cell_h, : w * cell_w].reshape(count, h, cell_h, w, cell_w, channels)
-    return cells.mean(axis=(2, 4))
+    cells = mean[: h * cell_h, : w * cell_w].reshape(h, cell_h, w, cell_w, channels)
+    return cells.mean(axis=(1, 3))
 
 
 def similarities(features: np.ndarray, *, max_shift: int = 0) -> np.ndarray:

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import io
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -17,8 +18,8 @@ from PIL import Image
 from pydantic import Field
 
 from pipeline.datasets.archives import PictureArchive
-from pipeline.datasets.preprocessing import Preprocessing, decode_picture, open_picture
-from pipeline.datasets.source import RawClass
+from pipeline.datasets.preprocessing import Preprocessing, decode_picture, open_picture, readable
+from pipeline.datasets.source import Problem, RawClass, Source
 from pipeline.datasets.sources import DownloadOptions
 from pipeline.datasets.splits import random_split, shuffled
 from pipeline.errors import DataError
@@ -38,11 +39,13 @@ class OmniglotOptions(DownloadOptions):
         return Omniglot.download(folder, size=self.size) if self.download else Omniglot(folder, size=self.size)
 
 
-class Omniglot:
+class Omniglot(Source):
     """Raw Omniglot from the official archives, an extracted folder, or torchvision's download.
 
     Raises DataError: the archives or folders are not there, or hold no characters.
     """
+
+    preprocessing: Preprocessing
 
     def __init__(self, source: str | Path, *, size: int = 28) -> None:
         self.preprocessing = Preprocessing(kind="drawing", size=size)
@@ -65,14 +68,11 @@ class Omniglot:
 
     def classes(self) -> Iterator[RawClass]:
         """Characters in the order of their names; drawings in the order of their drawers."""
-        archives: dict[Path, PictureArchive] = {}
-        try:
-            for name, (_, files) in self._files.items():
-                images = [self.preprocessing(_read(file, archives)) for file in files]
-                yield RawClass(name, name.split("/")[0], np.stack(images))
-        finally:
-            for archive in archives.values():
-                archive.close()
+        for name, (_, files) in self._files.items():
+            yield RawClass(name, name.split("/")[0], files)
+
+    def read(self, items: Sequence[tuple[Path, str]]) -> tuple[np.ndarray, list[Problem]]:
+        return readable(items, _open, self.preprocessing)
 
     def splits(self, *, seed: int) -> dict[str, dict[str, Split]]:
         background = sorted({name.split("/")[0] for name, (part, _) in self._files.items() if part == BACKGROUND})
@@ -115,10 +115,16 @@ def _list(source: Path, part: str) -> tuple[Path, list[str]]:
     )
 
 
-def _read(file: tuple[Path, str], archives: dict[Path, PictureArchive]) -> Image.Image:
+def _open(file: tuple[Path, str]) -> Image.Image:
     container, name = file
     if container.suffix != ".zip":
         return open_picture(container / name)
-    if container not in archives:
-        archives[container] = PictureArchive(container)
-    return decode_picture(io.BytesIO(archives[container].read(name)), name=f"{container}: {name}")
+    status = container.stat()
+    content = _archive(container, status.st_mtime_ns, status.st_size).read(name)
+    return decode_picture(io.BytesIO(content), name=f"{container}: {name}")
+
+
+@lru_cache(maxsize=2)
+def _archive(path: Path, modified: int, size: int) -> PictureArchive:
+    """Open as long as this process reads drawings, and nobody has written to it."""
+    return PictureArchive(path)

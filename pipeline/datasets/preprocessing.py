@@ -6,14 +6,16 @@ and size that the model was trained on.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import BinaryIO, Literal, TypeVar
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 from pydantic import Field, model_validator
 
 from pipeline.config import Section
+from pipeline.datasets.source import Problem
 from pipeline.errors import DataError
 
 # A picture with more is refused by its header, before it is decoded: a file of a few kilobytes can hold gigabytes.
@@ -23,6 +25,8 @@ MAX_SIDE = 16_384  # a drawing's canvas is padded to a square: one row of 64 mil
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 
+
+Item = TypeVar("Item")
 
 TOO_MANY_PIXELS = f"pixels are more than the {MAX_PIXELS // 1_000_000} million that are read. Make it smaller."
 
@@ -111,6 +115,24 @@ def decode_picture(source: str | Path | BinaryIO, *, name: str) -> Image.Image:
         raise DataError(f"{name}: its {TOO_MANY_PIXELS}") from None
     except (OSError, SyntaxError, ValueError, MemoryError, OverflowError) as error:
         raise DataError(f"{name}: cannot be decoded ({error}). Remove or replace it.") from error
+
+
+def readable(
+    items: Sequence[Item], open_item: Callable[[Item], Image.Image], preprocessing: Preprocessing
+) -> tuple[np.ndarray, list[Problem]]:
+    """For `Source.read`: uint8 [n, size, size, channels] of the pictures that can be read, and the others.
+
+    open_item: raises DataError, "NAME: why", for one that cannot.
+    """
+    images, problems = [], []
+    for item in items:
+        try:
+            images.append(preprocessing(open_item(item)))
+        except DataError as error:
+            name, _, reason = str(error).partition(": ")
+            problems.append(Problem(name, reason))
+    size, channels = preprocessing.size, preprocessing.channels
+    return np.stack(images) if images else np.empty((0, size, size, channels), np.uint8), problems
 
 
 def pictures_in(folder: Path) -> list[Path]:

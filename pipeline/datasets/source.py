@@ -1,15 +1,84 @@
-"""What every source of raw data yields: one class at a time, as uint8 images."""
+"""What every source of raw data yields: its classes, and how their examples are read.
+
+Listing and reading are apart, so that reading can go on in many processes and on many machines: a class holds light
+references to its examples, and `read` turns some of them into arrays.
+"""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
+from pydantic import BaseModel, Field, model_validator
+
+from pipeline.config import Section
+
+if TYPE_CHECKING:  # types imports torch: seconds at the start of every reading process, for nothing
+    from pipeline.types import Split
+
+Modality = Literal["image", "encoded_image", "vector", "text"]
+
+Examples: TypeAlias = np.ndarray | list[str] | list[bytes]
+"""Examples of one class, in order.
+
+image: uint8 [n, H, W, C] · vector: float32 [n, D], NaN where a value is missing, codes in categorical columns ·
+text: n strings · encoded_image: n PNG, JPEG or WebP files.
+"""
+
+
+class Column(Section):
+    """One of the D numbers of a vector. A categorical one holds codes: i stands for `categories[i]`."""
+
+    name: str
+    kind: Literal["numeric", "categorical"] = "numeric"
+    categories: list[str] = Field(default_factory=list)
+
+    @model_validator(mode="after")
+    def _categories_where_they_belong(self) -> Column:
+        if (self.kind == "categorical") != bool(self.categories):
+            raise ValueError(f"column {self.name}: categories belong to categorical columns, and these need some")
+        return self
 
 
 class RawClass(NamedTuple):
-    """All examples of one class."""
+    """One class before it is read."""
 
     name: str  # unique in the data set, e.g. "Greek/character01"
     group: str  # alphabet, script, domain, clinic
-    images: np.ndarray  # uint8 [count, H, W, C]; for drawings ink is high (255), paper 0
+    items: Iterable[Any]
+    # light, picklable references to its examples in order: paths, members of archives, ranges of rows. Each stands for
+    # a few MB of examples at most; they are gone through once, so a generator will do for a class of millions.
+
+
+class Problem(NamedTuple):
+    """What could not be read, and why, for the user to mend."""
+
+    item: str  # a path, a member of an archive, a row
+    reason: str
+
+
+class Source(Protocol):
+    """Raw data. A class of its own inherits from this one and is picklable: `read` is called in other processes."""
+
+    modality: Modality = "image"
+    preprocessing: BaseModel | None = None  # turns a user's picture (file, row, sentence) into such an example
+    columns: Sequence[Column] = ()  # of vectors
+    shape: tuple[int, ...] | None = None
+    # of one example, where it does not follow from the examples: [H, W, C] of an encoded image once it is preprocessed
+
+    def classes(self) -> Iterator[RawClass]:
+        """Every class, in an order that depends on the raw data alone. Raises DataError: none, or no such data."""
+        ...
+
+    def read(self, items: Sequence[Any]) -> tuple[Examples, list[Problem]]:
+        """The examples that some items of one class stand for, in order, and what could not be read of them.
+
+        The same items always give the same examples. A picture that is broken is a Problem; a place that is gone
+        altogether (an archive, a server) is a DataError.
+        """
+        ...
+
+    def splits(self, *, seed: int) -> dict[str, dict[str, Split]]:
+        """Name of a class split -> class name -> part; known before the examples are read."""
+        ...

@@ -18,7 +18,7 @@ from pipeline.config import Section, validate
 from pipeline.errors import ConfigError
 
 if TYPE_CHECKING:
-    from pipeline.datasets.prepare import Source
+    from pipeline.datasets.source import Source
 
 
 class SourceOptions(Section):

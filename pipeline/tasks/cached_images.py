@@ -11,7 +11,7 @@ from torch import Tensor
 from pipeline.errors import DataError
 from pipeline.tasks import shards
 from pipeline.tasks.class_cache import ClassCache, private_array
-from pipeline.tasks.shards.digests import pixels_sha256
+from pipeline.tasks.shards.examples import examples_sha256
 
 
 class CachedImages:
@@ -56,7 +56,7 @@ class CachedImages:
         entry = self._manifest.classes[number]
         images = private_array((entry.count, *self._manifest.shape))
         self._reader.read_class(number, np.arange(entry.count), out=images)
-        if pixels_sha256(images) != entry.sha256:
+        if examples_sha256(images) != entry.sha256:
             files = dict.fromkeys(self._manifest.shards[group.shard].file for group in entry.row_groups)
             raise DataError(
                 f"{self._reader.folder}: class {entry.name} in {', '.join(files)} differs from the manifest's sha256. "

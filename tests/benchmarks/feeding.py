@@ -27,7 +27,6 @@ import numpy as np
 import torch
 
 from pipeline import experiment as experiments
-from pipeline.datasets.source import RawClass
 from pipeline.experiment import Components, Experiment
 from pipeline.tasks import shards
 from pipeline.tasks.images import ImageTasks
@@ -114,7 +113,7 @@ def _write_random_images(folder: Path) -> None:
     random = np.random.default_rng(0)
     names = [f"random/{number:02d}" for number in range(MAPPED_CLASSES)]
     shape = (MAPPED_EXAMPLES, MAPPED_SIZE, MAPPED_SIZE, 3)
-    classes = (RawClass(name, "random", random.integers(0, 256, shape, np.uint8)) for name in names)
+    classes = (shards.ClassExamples(name, "random", random.integers(0, 256, shape, np.uint8)) for name in names)
     in_training = 2 * MAPPED_CLASSES // 3
     parts = {name: SPLITS[0] if i < in_training else SPLITS[1 + i % 2] for i, name in enumerate(names)}
     shards.write(folder, classes, splits={"random": parts}, source={"name": "random"}, preprocessing={})

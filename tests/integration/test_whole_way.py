@@ -21,7 +21,6 @@ import pytest
 import torch
 
 from pipeline import launch, runs, serving, workflow
-from pipeline.datasets.source import RawClass
 from pipeline.errors import DataError, TrackingError, TrainingStopped
 from pipeline.experiment import check_fits
 from pipeline.tasks import shards
@@ -339,7 +338,7 @@ def test_classes_that_were_trained_on_are_not_tested_on(trained: Outcome, image_
     names = [entry.name for entry in manifest.classes]
     other = {name: manifest.classes[i - 1].splits["random"] for i, name in enumerate(names)}
     with shards.ShardReader(image_data, manifest) as reader:
-        classes = [RawClass(e.name, e.group, reader.read_class(i)) for i, e in enumerate(manifest.classes)]
+        classes = [shards.ClassExamples(e.name, e.group, reader.read_class(i)) for i, e in enumerate(manifest.classes)]
     preprocessing = manifest.preprocessing
     shards.write(tmp_path / "other", classes, splits={"random": other}, source={}, preprocessing=preprocessing)
     learner = serving.load(CHAMPION)

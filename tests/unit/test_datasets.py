@@ -16,9 +16,9 @@ from PIL import Image, ImageDraw
 from jobs import data, data_prepare
 from pipeline.datasets.image_folder import ImageFolder, class_folders
 from pipeline.datasets.omniglot import BACKGROUND, EVALUATION, Omniglot
-from pipeline.datasets.prepare import prepare
+from pipeline.datasets.prepare import Progress, prepare
 from pipeline.datasets.preprocessing import Preprocessing, open_picture
-from pipeline.datasets.source import RawClass
+from pipeline.datasets.source import Source
 from pipeline.datasets.splits import group_split, random_split, shuffled
 from pipeline.errors import ConfigError, DataError
 from pipeline.tasks import shards
@@ -294,6 +294,17 @@ def zipped(tree: Path, out: Path) -> Path:
     return out
 
 
+def everything(source: Source) -> list[np.ndarray]:
+    """The examples of each class. Raises DataError: something could not be read."""
+    examples = []
+    for raw in source.classes():
+        read, problems = source.read(list(raw.items))
+        for problem in problems:
+            raise DataError(f"{problem.item}: {problem.reason}")
+        examples.append(read)
+    return examples
+
+
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return omniglot_tree(tmp_path_factory.mktemp("omniglot") / "extracted")
@@ -383,7 +394,7 @@ def test_archives_that_are_none(archives: Path, tmp_path: Path) -> None:
 @given(data=st.data())
 def test_damage_inside_an_archive_names_it(data: st.DataObject, archives: Path) -> None:
     """One bit of one compressed drawing is flipped: it is refused, unless the bit was padding."""
-    whole = [raw.images for raw in Omniglot(archives).classes()]
+    whole = everything(Omniglot(archives))
     file = archives / f"{BACKGROUND}.zip"
     content = file.read_bytes()
     with zipfile.ZipFile(file) as archive:
@@ -393,7 +404,7 @@ def test_damage_inside_an_archive_names_it(data: st.DataObject, archives: Path) 
     broken[start + data.draw(st.integers(0, member.compress_size - 1))] ^= 1 << data.draw(st.integers(0, 7))
     file.write_bytes(broken)
     try:
-        images = [raw.images for raw in Omniglot(archives).classes()]
+        images = everything(Omniglot(archives))
         assert all((a == b).all() for a, b in zip(images, whole, strict=True))
     except DataError as error:
         assert f"{file}: {member.filename} cannot be read" in str(error)  # noqa: PT017
@@ -468,8 +479,8 @@ def test_folders_without_pictures(tmp_path: Path) -> None:
 def test_a_broken_picture_is_named_and_nothing_is_written(tmp_path: Path) -> None:
     folder = picture_folders(tmp_path / "mine", [f"class{i}" for i in range(4)])
     (folder / "class2" / "1.jpg").write_text("not a picture")
-    with pytest.raises(DataError, match=r"class2/1\.jpg: not a picture"):
-        prepare(ImageFolder(folder, preprocessing=DRAWING), tmp_path / "out", record={})
+    with pytest.raises(DataError, match=r"class2/1\.jpg: not a picture.*--strict"):
+        prepare(ImageFolder(folder, preprocessing=DRAWING), tmp_path / "out", record={}, strict=True)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine"]
 
 
@@ -492,9 +503,9 @@ def test_an_occupied_place_is_refused_before_anything_is_read(tmp_path: Path) ->
 
 def test_progress_is_told_of_every_class(tmp_path: Path) -> None:
     source = ImageFolder(picture_folders(tmp_path / "mine", ["b", "a"]), preprocessing=DRAWING)
-    seen: list[RawClass] = []
+    seen: list[Progress] = []
     prepare(source, tmp_path / "out", record={"options": [1]}, progress=seen.append)
-    assert [raw.name for raw in seen] == ["a", "b"]
+    assert seen == [Progress("a", 1, 3, 0), Progress("b", 2, 6, 0)]
     assert shards.read_manifest(tmp_path / "out").source["options"] == [1]
 
 

@@ -22,21 +22,23 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.datasets.source import RawClass
 from pipeline.errors import DataError
 from pipeline.tasks import shards
+from pipeline.tasks.shards import ClassExamples
 from pipeline.types import SPLITS, Split
 
 
-def raw_classes(counts: Sequence[int], shape: tuple[int, int, int], seed: int = 0) -> list[RawClass]:
+def raw_classes(counts: Sequence[int], shape: tuple[int, int, int], seed: int = 0) -> list[ClassExamples]:
     random = np.random.default_rng(seed)
     return [
-        RawClass(f"grüppe{i % 2}/class{i:02d}", f"grüppe{i % 2}", random.integers(0, 256, (count, *shape), np.uint8))
+        ClassExamples(
+            f"grüppe{i % 2}/class{i:02d}", f"grüppe{i % 2}", random.integers(0, 256, (count, *shape), np.uint8)
+        )
         for i, count in enumerate(counts)
     ]
 
 
-def write(out: Path, classes: Iterable[RawClass], **options: Any) -> shards.Manifest:
+def write(out: Path, classes: Iterable[ClassExamples], **options: Any) -> shards.Manifest:
     """`shards.write` with the parts dealt in turn, in one class split "random"."""
     options = {"source": {"name": "test"}, "preprocessing": {}, **options}
     if "splits" not in options:
@@ -98,12 +100,12 @@ def test_round_trip(data: st.DataObject, tmp_path_factory: pytest.TempPathFactor
     assert manifest.shape == shape
     assert manifest.num_examples == sum(counts)
     for entry, raw, images in zip(manifest.classes, classes, read_all(out), strict=True):
-        assert (entry.name, entry.group, entry.count) == (raw.name, raw.group, len(raw.images))
-        assert (images == raw.images).all()
+        assert (entry.name, entry.group, entry.count) == (raw.name, raw.group, len(raw.examples))
+        assert (images == raw.examples).all()
     with shards.ShardReader(out, manifest) as reader:
         c = data.draw(st.integers(0, len(counts) - 1))
         rows = data.draw(st.lists(st.integers(0, counts[c] - 1), max_size=8))  # any order, repetitions too
-        assert (reader.read_class(c, rows) == classes[c].images[rows]).all()
+        assert (reader.read_class(c, rows) == classes[c].examples[rows]).all()
 
     for i, shard in enumerate(manifest.shards):  # a row group holds one class and is bounded; so is a shard
         with pq.ParquetFile(out / shard.file) as file:
@@ -136,7 +138,7 @@ def test_a_row_group_is_decoded_once(folder: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(pq.ParquetFile, "read_row_group", counting)
     with shards.ShardReader(folder, shards.read_manifest(folder)) as reader:
         for _ in range(3):
-            assert (reader.read_class(2, [6, 0, 3]) == CLASSES[2].images[[6, 0, 3]]).all()
+            assert (reader.read_class(2, [6, 0, 3]) == CLASSES[2].examples[[6, 0, 3]]).all()
     assert len(decoded) == 3  # three of its four row groups
 
 
@@ -145,7 +147,7 @@ def test_damage_after_a_row_group_was_read_is_met(folder: Path) -> None:
     manifest = shards.read_manifest(folder)
     with shards.ShardReader(folder, manifest) as reader:
         for _ in range(2):
-            assert (reader.read_class(2) == CLASSES[2].images).all()
+            assert (reader.read_class(2) == CLASSES[2].examples).all()
         assert reader._in_place
         file = folder / manifest.shards[0].file
         whole = file.read_bytes()
@@ -167,8 +169,8 @@ def test_pages_of_another_writer_are_decoded_every_time(folder: Path) -> None:
     with shards.ShardReader(folder, manifest) as reader:
         for _ in range(2):
             for class_id, raw in enumerate(CLASSES):
-                rows = list(range(len(raw.images)))
-                assert (reader.read_class(class_id, rows) == raw.images).all()
+                rows = list(range(len(raw.examples)))
+                assert (reader.read_class(class_id, rows) == raw.examples).all()
         assert 0 < len(reader._in_place) < sum(len(entry.row_groups) for entry in manifest.classes)  # those of one row
 
 
@@ -182,10 +184,10 @@ def test_any_parquet_reader_sees_the_same_pixels(folder: Path) -> None:
     }
     for reader, table in tables.items():
         images = np.stack([np.frombuffer(bytes(row), np.uint8).reshape(4, 6, 3) for row in table["image"]])
-        assert (images == np.concatenate([raw.images for raw in CLASSES])).all(), reader
-        assert list(table["class_id"]) == [i for i, raw in enumerate(CLASSES) for _ in raw.images], reader
-        assert list(table["class_name"]) == [raw.name for raw in CLASSES for _ in raw.images], reader
-        assert list(table["group"]) == [raw.group for raw in CLASSES for _ in raw.images], reader
+        assert (images == np.concatenate([raw.examples for raw in CLASSES])).all(), reader
+        assert list(table["class_id"]) == [i for i, raw in enumerate(CLASSES) for _ in raw.examples], reader
+        assert list(table["class_name"]) == [raw.name for raw in CLASSES for _ in raw.examples], reader
+        assert list(table["group"]) == [raw.group for raw in CLASSES for _ in raw.examples], reader
 
 
 # --- the digest
@@ -201,16 +203,16 @@ def test_digest_is_of_content_and_not_of_packing(tmp_path: Path) -> None:
 
 def test_digest_changes_with_anything_a_model_can_learn_from(tmp_path: Path) -> None:
     first, *others = CLASSES
-    pixel = first.images.copy()
+    pixel = first.examples.copy()
     pixel[2, 1, 3, 0] ^= 1
     parts = {raw.name: SPLITS[i % 3] for i, raw in enumerate(CLASSES)}
     moved = parts | {first.name: "meta_test"}
-    variants: dict[str, tuple[list[RawClass], dict[str, Any]]] = {
+    variants: dict[str, tuple[list[ClassExamples], dict[str, Any]]] = {
         "as it is": (CLASSES, {}),
-        "pixel": ([first._replace(images=pixel), *others], {}),
-        "order of images": ([first._replace(images=first.images[::-1]), *others], {}),
-        "shape": ([raw._replace(images=raw.images.reshape(-1, 6, 4, 3)) for raw in CLASSES], {}),
-        "fewer images": ([first._replace(images=first.images[1:]), *others], {}),
+        "pixel": ([first._replace(examples=pixel), *others], {}),
+        "order of images": ([first._replace(examples=first.examples[::-1]), *others], {}),
+        "shape": ([raw._replace(examples=raw.examples.reshape(-1, 6, 4, 3)) for raw in CLASSES], {}),
+        "fewer images": ([first._replace(examples=first.examples[1:]), *others], {}),
         "name": ([first._replace(name="another"), *others], {}),
         "group": ([first._replace(group="another"), *others], {}),
         "order of classes": ([*others, first], {"splits": {"random": parts}}),
@@ -225,17 +227,17 @@ def test_digest_changes_with_anything_a_model_can_learn_from(tmp_path: Path) -> 
 # --- all or nothing
 
 
-def failing_source() -> Iterator[RawClass]:
+def failing_source() -> Iterator[ClassExamples]:
     yield CLASSES[0]
     raise RuntimeError("the source broke")
 
 
-BAD_SOURCES: dict[str, Callable[[], Sequence[RawClass]]] = {
+BAD_SOURCES: dict[str, Callable[[], Sequence[ClassExamples]]] = {
     "no classes": list,
     "two classes have this name": lambda: [CLASSES[0], CLASSES[0]],
     "the others of": lambda: [CLASSES[0], *raw_classes([1, 1], (4, 4, 3))[1:]],
-    "expected uint8": lambda: [CLASSES[0], CLASSES[1]._replace(images=CLASSES[1].images.astype(np.float32))],
-    "expected uint8 images": lambda: [CLASSES[0]._replace(images=CLASSES[0].images[:0])],
+    "expected uint8": lambda: [CLASSES[0], CLASSES[1]._replace(examples=CLASSES[1].examples.astype(np.float32))],
+    "has no examples": lambda: [CLASSES[0]._replace(examples=CLASSES[0].examples[:0])],
 }
 
 
@@ -273,7 +275,6 @@ def test_class_without_a_place_in_a_split_is_refused(tmp_path: Path) -> None:
 TWO_WRITERS = """
 import os, sys, threading, time
 import numpy as np
-from pipeline.datasets.source import RawClass
 from pipeline.tasks import shards
 
 def write(out, moment):
@@ -281,16 +282,17 @@ def write(out, moment):
         if now == moment:
             os.write(1, b"here ")
             time.sleep(600)
-        return {}
-
-    def classes():
-        for i in range(3):
-            yield RawClass(f"class{i}", "all", np.full((4, 50, 50, 1), i, np.uint8))
-        stop("between classes")
 
     splits = {"random": {f"class{i}": "meta_train" for i in range(3)}}
-    shards.write(out, classes(), splits=splits, source={}, preprocessing={}, overwrite=True,
-                 findings=lambda: stop("before the manifest"), row_group_bytes=5000, shard_bytes=10000)
+    with shards.staged(out, overwrite=True) as place:
+        writer = shards.ShardWriter(place.folder, splits=splits, row_group_bytes=5000, shard_bytes=10000)
+        for i in range(3):
+            writer.begin(f"class{i}", "all")
+            writer.add(np.full((4, 50, 50, 1), i, np.uint8))
+            writer.end()
+        stop("between classes")
+        writer.close()
+        stop("before the manifest")
 
 threading.Thread(target=write, args=(sys.argv[1], "between classes")).start()
 threading.Thread(target=write, args=(sys.argv[2], "before the manifest")).start()
@@ -322,7 +324,7 @@ def test_a_writer_at_work_is_not_swept_away(name: str, tmp_path: Path) -> None:
     neighbour.mkdir()
     (tmp_path / f".{name}.partial-killed" / "shards").mkdir(parents=True)
 
-    def interrupted() -> Iterator[RawClass]:
+    def interrupted() -> Iterator[ClassExamples]:
         yield CLASSES[0]
         write(out, CLASSES[1:], overwrite=True)
         yield CLASSES[1]
@@ -368,8 +370,8 @@ def test_verify_finds_a_flipped_bit_anywhere(data: st.DataObject, shared_folder:
 def test_reading_rows_finds_a_damaged_page_without_verify(data: st.DataObject, shared_folder: Path) -> None:
     """Every page carries a checksum. The image of one example is found in the file by its pixels."""
     c = data.draw(st.integers(0, len(CLASSES) - 1))
-    row = data.draw(st.integers(0, len(CLASSES[c].images) - 1))
-    pixels = CLASSES[c].images[row].tobytes()
+    row = data.draw(st.integers(0, len(CLASSES[c].examples) - 1))
+    pixels = CLASSES[c].examples[row].tobytes()
     (file,) = [f for f in (shared_folder / "shards").iterdir() if pixels in f.read_bytes()]
     offset = file.read_bytes().index(pixels) + data.draw(st.integers(0, len(pixels) - 1))
     manifest = shards.read_manifest(shared_folder)
@@ -536,13 +538,14 @@ def test_threads_may_share_a_reader(folder: Path, monkeypatch: pytest.MonkeyPatc
 
         return stay
 
-    monkeypatch.setattr(shards.ShardReader, "_view", lambda *_: None)  # as in an object store: every read decodes
+    monkeypatch.setattr(shards.ShardReader, "_view", lambda *_: None)  # as in an object store
+    monkeypatch.setattr(shards.ShardReader, "_keep", lambda *_: None)  # so that every read decodes
     monkeypatch.setattr(pq, "ParquetFile", alone(pq.ParquetFile))
     monkeypatch.setattr(pq.core.ParquetFile, "read_row_group", alone(pq.core.ParquetFile.read_row_group))
     wanted = list(range(len(CLASSES))) * 10
     with shards.ShardReader(folder, shards.read_manifest(folder)) as reader, ThreadPoolExecutor(4) as pool:
         read = list(pool.map(reader.read_class, wanted))
-    assert all((images == CLASSES[c].images).all() for c, images in zip(wanted, read, strict=True))
+    assert all((images == CLASSES[c].examples).all() for c, images in zip(wanted, read, strict=True))
     assert len(met) > len(wanted)
     assert not any(met)
 

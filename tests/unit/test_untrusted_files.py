@@ -30,6 +30,7 @@ from pipeline import learner
 from pipeline.datasets import archives, preprocessing
 from pipeline.datasets.image_folder import ImageFolder
 from pipeline.datasets.omniglot import BACKGROUND, EVALUATION, Omniglot
+from pipeline.datasets.prepare import prepare
 from pipeline.datasets.preprocessing import Preprocessing, open_picture
 from pipeline.errors import DataError
 from pipeline.tasks import shards
@@ -76,13 +77,13 @@ def test_a_picture_bomb_is_refused_everywhere(bomb: str, tmp_path: Path) -> None
     with pytest.raises(DataError, match=rf"bomb\.png: .*{message}"):
         open_picture(folder / "bomb.png")
     with pytest.raises(DataError, match=rf"bomb\.png: .*{message}"):
-        list(ImageFolder(tmp_path, preprocessing=DRAWING).classes())
+        prepare(ImageFolder(tmp_path, preprocessing=DRAWING), tmp_path / "out", record={}, strict=True)
     card = SimpleNamespace(preprocessing=DRAWING, name="model")
     with pytest.raises(DataError, match=rf"bomb\.png: .*{message}"):
         learner.Learner.pictures(SimpleNamespace(card=card), [folder / "bomb.png"])  # type: ignore[arg-type]
     source = omniglot_archives(tmp_path / "archives", content, method=zipfile.ZIP_STORED)
     with pytest.raises(DataError, match=rf"{BACKGROUND}\.zip: .*0001_01\.png: .*{message}"):
-        list(Omniglot(source).classes())
+        prepare(Omniglot(source), tmp_path / "out", record={}, strict=True)
 
 
 def test_a_picture_within_the_limits_is_read(tmp_path: Path) -> None:
@@ -96,6 +97,7 @@ def test_refusing_a_bomb_takes_no_memory(tmp_path: Path) -> None:
     (tmp_path / "row.png").write_bytes(BOMBS["one long row"][0])
     program = f"""
 import resource, sys
+from pipeline.datasets.prepare import prepare
 from pipeline.datasets.preprocessing import Preprocessing, open_picture
 from pipeline.errors import DataError
 used = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
@@ -153,7 +155,7 @@ def test_a_zip_bomb_is_refused_before_it_is_read(content: bytes, method: int, me
     source = omniglot_archives(tmp_path / "archives", content, method=method)
     assert (source / f"{BACKGROUND}.zip").stat().st_size < 1 << 20
     with pytest.raises(DataError, match=rf"{BACKGROUND}\.zip: .*_0/character01/0001_01\.png .*{message}"):
-        list(Omniglot(source).classes())
+        prepare(Omniglot(source), tmp_path / "out", record={}, strict=True)
 
 
 def test_a_zip_that_understates_an_entrys_size_is_no_way_around(tmp_path: Path) -> None:
@@ -188,7 +190,7 @@ def test_an_encrypted_entry_is_told(tmp_path: Path) -> None:
             content[at + offset] |= 1
     path.write_bytes(content)
     with pytest.raises(DataError, match=r"0001_01\.png is encrypted"):
-        list(Omniglot(source).classes())
+        prepare(Omniglot(source), tmp_path / "out", record={}, strict=True)
 
 
 def test_more_entries_than_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

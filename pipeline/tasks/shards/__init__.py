@@ -1,15 +1,18 @@
 """The data set on disk: Parquet shards and a manifest. Write, open, verify, index.
 
     DATASET/dataset.json            the manifest (class `Manifest`)
-    DATASET/shards/00000.parquet    columns class_id int32, class_name string, group string,
-                                    image fixed_size_binary(H·W·C), row-major uint8
+    DATASET/shards/00000.parquet    columns class_id int32, class_name string, group string, and by modality
+                                    image           `image`     fixed_size_binary(H·W·C), row-major uint8
+                                    encoded_image   `image`     binary, a PNG, JPEG or WebP file
+                                    vector          `features`  fixed_size_list<float32>[D], NaN = missing
+                                    text            `text`      string
 
 A row group holds one class and at most about 4 MB, so a large class has several; the manifest indexes them.
-Images are fixed-size binary without dictionary or compression: a reader maps the file and takes rows without
+There is no dictionary and no compression: a reader maps the file and takes the rows of images and vectors without
 decoding, and any Parquet reader opens it. Pages carry checksums, so a damaged page is found even when it is read
 alone. The class splits live in the manifest, never in code that runs at training time.
 
-The data set's own digest covers what a model can learn from (shape, classes, pixels, splits) and how a picture
+The data set's own digest covers what a model can learn from (shape, classes, examples, splits) and how a picture
 becomes such an image (preprocessing), and not how the bytes were packed, so the same raw data gives the same digest
 with any Parquet writer.
 """
@@ -17,17 +20,20 @@ with any Parquet writer.
 from pipeline.tasks.shards.manifest import MANIFEST, ClassEntry, Manifest, RowGroup, ShardEntry, read_manifest
 from pipeline.tasks.shards.reader import ShardReader
 from pipeline.tasks.shards.verify import verify
-from pipeline.tasks.shards.writer import check_free, write
+from pipeline.tasks.shards.writer import ClassExamples, ShardWriter, check_free, staged, write
 
 __all__ = [
     "MANIFEST",
     "ClassEntry",
+    "ClassExamples",
     "Manifest",
     "RowGroup",
     "ShardEntry",
     "ShardReader",
+    "ShardWriter",
     "check_free",
     "read_manifest",
+    "staged",
     "verify",
     "write",
 ]

@@ -1,18 +1,12 @@
-"""sha256 of files, and of what is in them."""
+"""sha256 of files."""
 
 from __future__ import annotations
 
 import hashlib
 
-import numpy as np
-
 from pipeline.storage import Location, ObjectPath
 
 HASH_BYTES = 8 << 20  # read at once while hashing
-
-
-def pixels_sha256(images: np.ndarray) -> str:
-    return hashlib.sha256(np.ascontiguousarray(images).data).hexdigest()
 
 
 def file_sha256(file: Location) -> str:

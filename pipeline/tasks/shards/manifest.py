@@ -4,32 +4,36 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from pipeline.config import Section, validate
+from pipeline.datasets.source import Column, Modality
 from pipeline.errors import ConfigError, DataError
 from pipeline.storage import Location, location
+from pipeline.tasks.shards.examples import AXES, DTYPE, example_bytes
 from pipeline.types import Split
 
-FORMAT_VERSION = 1
+FORMAT_VERSIONS = (1, 2)  # 1: images of a fixed size, every row group of one class; 2: all else
 MANIFEST = "dataset.json"
 # Folders and a name without anything that a shell, a file system or an object store could take for more.
 SHARD_FILE = re.compile(r"(?:[A-Za-z0-9_][A-Za-z0-9_.-]*/)*[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
 
 class RowGroup(Section):
-    """Where `rows` examples of one class lie."""
+    """Where `rows` examples of one class lie in a row, from number `start` of a row group on."""
 
     shard: int = Field(ge=0)
     row_group: int = Field(ge=0)
     rows: int = Field(ge=1)
+    start: int = Field(default=0, ge=0)
 
 
 class ClassEntry(Section):
-    """One class. `sha256` is over its images in order; `row_groups` hold them in that order."""
+    """One class. `sha256` is over its examples in order; `row_groups` hold them in that order."""
 
     name: str
     group: str
@@ -67,16 +71,30 @@ class ShardEntry(Section):
 class Manifest(Section):
     """`dataset.json`."""
 
-    format_version: Literal[1]
-    modality: Literal["image"]
-    shape: tuple[int, int, int]  # H, W, C
-    dtype: Literal["uint8"]
+    format_version: Literal[1, 2]
+    modality: Modality
+    shape: tuple[Annotated[int, Field(ge=1)], ...]
+    # of one example: H, W, C of an image (of an encoded one: once it is preprocessed), D of a vector, nothing of a text
+    dtype: Literal["uint8", "float32", "string"]
+    columns: list[Column] = Field(default_factory=list)  # the D numbers of a vector
     classes: list[ClassEntry] = Field(min_length=1)
     splits: list[str] = Field(min_length=1)  # names of the class splits; each class is in every one of them
     shards: list[ShardEntry] = Field(min_length=1)
     source: dict[str, Any]  # how it was made: source name, options, seed, warnings
     preprocessing: dict[str, Any]  # turns a user's picture into one of these images (see datasets/preprocessing.py)
     digest: str = Field(pattern="^[0-9a-f]{64}$")
+
+    @model_validator(mode="after")
+    def _shape_and_type_are_the_modalitys(self) -> Manifest:
+        if self.format_version == 1 and self.modality != "image":
+            raise ValueError(f"format version 1 holds images and not modality {self.modality}")
+        if self.dtype != DTYPE[self.modality] or len(self.shape) != AXES[self.modality]:
+            raise ValueError(f"dtype {self.dtype} and shape {list(self.shape)} are not those of {self.modality}")
+        if self.modality == "vector" and len(self.columns) != self.shape[0]:
+            raise ValueError(f"{len(self.columns)} columns are described, of {self.shape[0]}")
+        if self.modality != "vector" and self.columns:
+            raise ValueError(f"modality {self.modality} has no columns")
+        return self
 
     @model_validator(mode="after")
     def _row_groups_lie_in_listed_shards(self) -> Manifest:
@@ -98,25 +116,36 @@ class Manifest(Section):
 
     @property
     def image_bytes(self) -> int:
-        height, width, channels = self.shape
-        return height * width * channels
+        """Of an image as it is stored, or, of an encoded one, once it is preprocessed."""
+        return math.prod(self.shape)
+
+    @property
+    def example_bytes(self) -> int | None:
+        """Of one stored example; None where they vary."""
+        return example_bytes(self.modality, self.shape)
 
     def members(self, split_name: str, split: Split) -> list[int]:
         """Indices into `classes` of one part of a class split."""
         return [i for i, entry in enumerate(self.classes) if entry.splits.get(split_name) == split]
 
     def compute_digest(self) -> str:
-        """sha256 over format, shape, preprocessing and, per class, name, group, count, pixels and splits."""
-        content = {
-            "format_version": self.format_version,
+        """sha256 over modality, shape, preprocessing and, per class, name, group, count, examples and splits."""
+        content: dict[str, Any] = {
+            "format_version": 1,  # of this digest: how the examples are packed is not part of it
             "modality": self.modality,
             "shape": list(self.shape),
             "dtype": self.dtype,
             "preprocessing": self.preprocessing,
             "classes": [[c.name, c.group, c.count, c.sha256, dict(sorted(c.splits.items()))] for c in self.classes],
         }
+        if self.columns:
+            content["columns"] = [column.model_dump(mode="json") for column in self.columns]
         canonical = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
         return hashlib.sha256(canonical.encode()).hexdigest()
+
+    def to_json(self) -> str:
+        """The text of `dataset.json`, without what has its default value."""
+        return json.dumps(self.model_dump(mode="json", exclude_defaults=True), ensure_ascii=False, indent=1) + "\n"
 
 
 def read_manifest(folder: str | Location) -> Manifest:
@@ -141,10 +170,10 @@ def read_manifest(folder: str | Location) -> Manifest:
         raise DataError(f"{path}: not readable as JSON ({error}). Prepare the data set again.") from error
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error}).") from error
-    if isinstance(content, dict) and content.get("format_version") != FORMAT_VERSION:
+    if isinstance(content, dict) and content.get("format_version") not in FORMAT_VERSIONS:
         raise DataError(
-            f"{path}: format version {content.get('format_version')!r}; this version reads {FORMAT_VERSION}. "
-            "Prepare the data set again."
+            f"{path}: format version {content.get('format_version')!r}; this version reads "
+            f"{' and '.join(map(str, FORMAT_VERSIONS))}. Prepare the data set again."
         )
     if not isinstance(content, dict):
         raise DataError(f"{path}: not a manifest. Prepare the data set again.")

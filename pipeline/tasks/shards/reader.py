@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import threading
+from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.datasets.source import Examples
 from pipeline.errors import DataError
 from pipeline.storage import Location, ObjectPath, location
+from pipeline.tasks.shards.examples import COLUMN, FIXED, arrow_type, concatenated, from_arrow
 from pipeline.tasks.shards.manifest import MANIFEST, Manifest, RowGroup
 
 MAX_ROW_GROUP_BYTES = 64 << 20  # decoded; a larger one is not of our writing
+CACHE_BYTES = 64 << 20  # of decoded row groups that are kept, of those that cannot be read where they lie
 
 
 _Stamp = tuple[int, int, int]
+_Decoded: TypeAlias = np.ndarray | pa.Array  # of a fixed modality, of one of varying size
 
 
 def _stamp(path: Location) -> _Stamp | None:
@@ -33,7 +39,8 @@ class ShardReader:
     """Rows of a data set by class, from memory-mapped shards or an object store. Files are opened at their first use.
 
     The first read of a row group decodes it and checks its pages; later ones copy rows from where they lie in the file,
-    for as long as nobody has written to it.
+    for as long as nobody has written to it. Where examples do not lie there as they are (texts, encoded images, several
+    pages, an object store), the row groups decoded last are kept, CACHE_BYTES of them.
 
     Threads may share one; they take turns decoding.
     """
@@ -41,10 +48,13 @@ class ShardReader:
     def __init__(self, folder: str | Location, manifest: Manifest) -> None:
         self.folder = location(folder)
         self.manifest = manifest
+        self._fixed = manifest.modality in FIXED
         self._files: dict[int, pq.ParquetFile] = {}
         self._maps: dict[int, np.memmap] = {}
-        # (shard, row group) -> its checked images, in the file; and the file as it was then
-        self._in_place: dict[tuple[int, int], tuple[np.ndarray, _Stamp]] = {}
+        # (class, shard, row group, start) -> its checked examples, in the file; and the file as it was then
+        self._in_place: dict[tuple[int, int, int, int], tuple[np.ndarray, _Stamp]] = {}
+        # (shard, row group) -> its examples and labels, in memory; the one used last is the last
+        self._decoded: OrderedDict[tuple[int, int], tuple[_Decoded, np.ndarray]] = OrderedDict()
         self._lock = threading.Lock()  # a ParquetFile is not thread-safe; sampling ahead and validation share it
 
     def __enter__(self) -> ShardReader:
@@ -57,83 +67,132 @@ class ShardReader:
             self._files.clear()
             self._maps.clear()
             self._in_place.clear()
+            self._decoded.clear()
 
     def read_class(
         self, class_id: int, rows: Sequence[int] | np.ndarray | None = None, *, out: np.ndarray | None = None
-    ) -> np.ndarray:
-        """uint8 [rows, H, W, C] of one class: all its examples, or those with the given numbers, in order.
+    ) -> Examples:
+        """Examples of one class: all of them, or those with the given numbers, in order.
 
-        out: an array to put these rows into. Only the row groups that hold them are read. Raises DataError: a damaged
-        page or index names its shard.
+        image: uint8 [rows, H, W, C] · vector: float32 [rows, D] · text: a list of str · encoded_image: a list of bytes.
+        out: an array to put rows of a fixed modality into. Only the row groups that hold them are read. Raises
+        DataError: a damaged page or index names its shard.
         """
         entry = self.manifest.classes[class_id]
         groups = entry.row_groups
         if rows is None:
-            return np.concatenate([self._read_row_group(class_id, group) for group in groups])
+            return concatenated(_rows(self._read_row_group(class_id, group)) for group in groups)
         wanted = np.asarray(rows, dtype=np.int64)
-        images = np.empty((len(wanted), *self.manifest.shape), dtype=np.uint8) if out is None else out
-        if len(groups) == 1:
-            images[:] = self._read_row_group(class_id, groups[0])[wanted]
-            return images
+        if self._fixed:
+            kind = np.float32 if self.manifest.modality == "vector" else np.uint8
+            examples = np.empty((len(wanted), *self.manifest.shape), dtype=kind) if out is None else out
+            if len(groups) == 1:
+                examples[:] = self._read_row_group(class_id, groups[0])[wanted]
+                return examples
+        else:
+            examples = np.empty(len(wanted), dtype=object)
         starts = np.cumsum([0, *(group.rows for group in groups)])
         which = np.searchsorted(starts, wanted, side="right") - 1
         for g in np.unique(which):
             inside = which == g
-            images[inside] = self._read_row_group(class_id, groups[g])[wanted[inside] - starts[g]]
-        return images
+            examples[inside] = _rows(self._read_row_group(class_id, groups[g]), wanted[inside] - starts[g])
+        return examples if self._fixed else examples.tolist()
 
-    def __iter__(self) -> Iterator[np.ndarray]:
+    def parts(self, class_id: int) -> Iterator[Examples]:
+        """All examples of one class in order, a row group at a time. Raises DataError as `read_class` does."""
+        for group in self.manifest.classes[class_id].row_groups:
+            yield _rows(self._read_row_group(class_id, group))
+
+    def __iter__(self) -> Iterator[Examples]:
         return (self.read_class(class_id) for class_id in range(len(self.manifest.classes)))
 
-    def _read_row_group(self, class_id: int, group: RowGroup) -> np.ndarray:
+    def _read_row_group(self, class_id: int, group: RowGroup) -> _Decoded:
+        """The examples of one class in one row group."""
         name = self.manifest.shards[group.shard].file
         stamp = _stamp(self.folder / name)
-        checked = self._in_place.get((group.shard, group.row_group))
+        key = (class_id, group.shard, group.row_group, group.start)
+        checked = self._in_place.get(key)
         if checked is not None and checked[1] == stamp:
             return checked[0]
+        end = group.start + group.rows
         try:
             with self._lock:
-                file = self._open(group.shard)
-                table = file.read_row_group(group.row_group, columns=["class_id", "image"])
-            chunk = table.column("image").combine_chunks()
-            pixels = np.frombuffer(chunk.buffers()[1], dtype=np.uint8)
-            start = chunk.offset * self.manifest.image_bytes
-            pixels = pixels[start : start + len(chunk) * self.manifest.image_bytes]
-            images = pixels.reshape(len(chunk), *self.manifest.shape)
-            labels = table.column("class_id").to_numpy()
+                examples, labels = self._decode(group.shard, group.row_group)
+            if len(examples) != len(labels):
+                raise ValueError("its columns differ in length")
         except (pa.ArrowException, OSError, ValueError, IndexError, KeyError) as error:
             raise DataError(
                 f"{self.folder / name}: row group {group.row_group} cannot be read ({str(error).strip()[:120]}). "
                 "Restore this file, or prepare the data set again."
             ) from error
-        if len(images) != group.rows or not (labels == class_id).all():
+        # of version 1 a row group is of one class, and the index of the whole of it
+        alone = self.manifest.format_version == 1 and len(labels) != group.rows
+        if alone or end > len(labels) or not (labels[group.start : end] == class_id).all():
             raise DataError(
                 f"{self.folder / name}: row group {group.row_group} does not hold the {group.rows} examples of class "
                 f"{self.manifest.classes[class_id].name} that {MANIFEST} says. Prepare the data set again."
             )
-        in_place = self._view(file, group)
-        if stamp is not None and in_place is not None and np.array_equal(in_place, images):
-            self._in_place[group.shard, group.row_group] = in_place, stamp
-        return images
+        own = examples[group.start : end]
+        if isinstance(examples, np.ndarray):
+            in_place = self._view(group, len(labels))
+            if stamp is not None and in_place is not None and _same_bytes(in_place, examples):
+                self._in_place[key] = in_place[group.start : end], stamp
+                return own
+        self._keep((group.shard, group.row_group), examples, labels)
+        return own
 
-    def _view(self, file: pq.ParquetFile, group: RowGroup) -> np.ndarray | None:
-        """The end of the row group's column of images in the mapped file: where they lie if they are in one page.
+    def _decode(self, shard: int, row_group: int) -> tuple[_Decoded, np.ndarray]:
+        """The examples of a row group and their labels. Raises ValueError and pyarrow's errors: nothing to be read."""
+        kept = self._decoded.get((shard, row_group))
+        if kept is not None:
+            self._decoded.move_to_end((shard, row_group))
+            return kept
+        file = self._open(shard)
+        modality = self.manifest.modality
+        columns = ["class_id", COLUMN[modality]]
+        if self._fixed:
+            table = file.read_row_group(row_group, columns=columns)
+            examples = from_arrow(modality, self.manifest.shape, table.column(columns[1]))
+        else:
+            if row_group >= file.num_row_groups:
+                raise ValueError(f"the file has {file.num_row_groups} row groups")
+            table = pa.Table.from_batches(_bounded_batches(file, row_group, columns), schema=_schema(file, columns))
+            examples = table.column(columns[1]).combine_chunks()
+            if examples.null_count:
+                raise ValueError("an example is missing")
+        return examples, table.column(columns[0]).to_numpy()
+
+    def _keep(self, key: tuple[int, int], examples: _Decoded, labels: np.ndarray) -> None:
+        with self._lock:
+            self._decoded[key] = examples, labels
+            self._decoded.move_to_end(key)
+            while len(self._decoded) > 1 and sum(kept[0].nbytes for kept in self._decoded.values()) > CACHE_BYTES:
+                self._decoded.popitem(last=False)
+
+    def _view(self, group: RowGroup, rows: int) -> np.ndarray | None:
+        """The end of the row group's column of examples in the mapped file: where they lie if they are in one page.
 
         None for an object store. A plain page of required fixed-size values is a header and the values.
         """
         path = self.folder / self.manifest.shards[group.shard].file
         if not isinstance(path, Path):
             return None
-        columns = file.metadata.row_group(group.row_group)
-        column = columns.column(file.schema_arrow.get_field_index("image"))
-        end = column.data_page_offset + column.total_compressed_size
-        start = end - group.rows * self.manifest.image_bytes
+        size = self.manifest.example_bytes or 0
+        kind = np.float32 if self.manifest.modality == "vector" else np.uint8
         try:
             with self._lock:
+                columns = self._open(group.shard).metadata.row_group(group.row_group)
+                column = next(
+                    column
+                    for column in map(columns.column, range(columns.num_columns))
+                    if column.path_in_schema.split(".")[0] == COLUMN[self.manifest.modality]
+                )
+                end = column.data_page_offset + column.total_compressed_size
+                start = end - rows * size
                 if group.shard not in self._maps:
                     self._maps[group.shard] = np.memmap(path, np.uint8, mode="r")
-            return self._maps[group.shard][max(start, 0) : end].reshape(group.rows, *self.manifest.shape)
-        except (OSError, ValueError):  # not to be mapped, or a footer that points elsewhere
+            return self._maps[group.shard][max(start, 0) : end].view(kind).reshape(rows, *self.manifest.shape)
+        except (OSError, ValueError, StopIteration):  # not to be mapped, or a footer that points elsewhere
             return None
 
     def _open(self, shard: int) -> pq.ParquetFile:
@@ -146,9 +205,41 @@ class ShardReader:
                 memory_map=isinstance(file, Path),
                 page_checksum_verification=True,
             )
-            _check_size(parquet, self.manifest.image_bytes)
+            _check_size(parquet, self.manifest)
             self._files[shard] = parquet
         return self._files[shard]
+
+
+def _rows(decoded: _Decoded, rows: np.ndarray | None = None) -> Examples:
+    """Rows of what was decoded, or all of it, as `read_class` gives them."""
+    if isinstance(decoded, np.ndarray):
+        return decoded if rows is None else decoded[rows]
+    return (decoded if rows is None else decoded.take(pa.array(rows))).to_pylist()
+
+
+def _same_bytes(one: np.ndarray, other: np.ndarray) -> bool:
+    """Of float32 too: a missing value is one however it is compared."""
+    return np.array_equal(one.view(np.uint8), np.ascontiguousarray(other).view(np.uint8))
+
+
+def _schema(file: pq.ParquetFile, columns: list[str]) -> pa.Schema:
+    return pa.schema([file.schema_arrow.field(name) for name in columns])
+
+
+def _bounded_batches(file: pq.ParquetFile, row_group: int, columns: list[str]) -> Iterator[pa.RecordBatch]:
+    """The batches of a row group, as long as they are no more than a row group may be.
+
+    No value is longer than its column is in the file, so a batch is within the limit too, however it is encoded.
+    """
+    group = file.metadata.row_group(row_group)
+    longest = max(group.column(index).total_uncompressed_size for index in range(group.num_columns))
+    rows = max(1, MAX_ROW_GROUP_BYTES // max(longest, 1))
+    left = MAX_ROW_GROUP_BYTES
+    for batch in file.iter_batches(batch_size=rows, row_groups=[row_group], columns=columns):
+        left -= batch.nbytes
+        if left < 0:
+            raise ValueError(f"row group {row_group} holds more than {MAX_ROW_GROUP_BYTES >> 20} MiB")
+        yield batch
 
 
 def leads_outside(folder: Location, file: Location) -> bool:
@@ -156,19 +247,37 @@ def leads_outside(folder: Location, file: Location) -> bool:
     return isinstance(folder, Path) and isinstance(file, Path) and not file.resolve().is_relative_to(folder.resolve())
 
 
-def _check_size(parquet: pq.ParquetFile, image_bytes: int) -> None:
+def _check_size(parquet: pq.ParquetFile, manifest: Manifest) -> None:
     """Raises ValueError where reading could take much more memory than the file is long.
 
-    Compressed pages and dictionaries unfold to thousands of times their size; ours have neither, and images of a
+    Compressed pages and dictionaries unfold to thousands of times their size; ours have neither, and examples of a
     fixed size bound what a row group decodes to. Looks only at the footer.
     """
     schema = parquet.schema_arrow
-    if schema.field("image").type != pa.binary(image_bytes) or schema.field("class_id").type != pa.int32():
-        raise ValueError(f"its images are not of {image_bytes} bytes each")
+    size = manifest.example_bytes
+    if not _is_type(schema.field(COLUMN[manifest.modality]).type, manifest) or schema.field("class_id").type != (
+        pa.int32()
+    ):
+        what = f"images are not of {size} bytes" if manifest.modality == "image" else f"{manifest.modality} is not that"
+        raise ValueError(f"its {what} each")
     for number in range(parquet.metadata.num_row_groups):
         group = parquet.metadata.row_group(number)
-        if group.num_rows * image_bytes > max(MAX_ROW_GROUP_BYTES, image_bytes):
-            raise ValueError(f"row group {number} is of {group.num_rows} images, too many to be read at once")
+        longest = max(group.column(index).total_uncompressed_size for index in range(group.num_columns))
+        if group.num_rows * max(size or 0, 4) > max(MAX_ROW_GROUP_BYTES, size or 0) or (
+            size is None and longest > MAX_ROW_GROUP_BYTES
+        ):
+            what = "images" if manifest.modality == "image" else "examples"
+            raise ValueError(f"row group {number} is of {group.num_rows} {what}, too many to be read at once")
         for column in (group.column(index) for index in range(group.num_columns)):
             if column.compression != "UNCOMPRESSED" or column.has_dictionary_page:
                 raise ValueError(f"row group {number} is compressed, which our shards never are")
+
+
+def _is_type(given: pa.DataType, manifest: Manifest) -> bool:
+    if manifest.modality == "vector":
+        return (
+            pa.types.is_fixed_size_list(given)
+            and given.list_size == manifest.shape[0]
+            and given.value_type == pa.float32()
+        )
+    return given == arrow_type(manifest.modality, manifest.shape)

@@ -6,7 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 from pipeline.errors import DataError
 from pipeline.storage import Location, ObjectPath, location
-from pipeline.tasks.shards.digests import file_sha256, pixels_sha256
+from pipeline.tasks.shards.digests import file_sha256
+from pipeline.tasks.shards.examples import ExamplesDigest
 from pipeline.tasks.shards.manifest import MANIFEST, Manifest, ShardEntry, read_manifest
 from pipeline.tasks.shards.reader import ShardReader, leads_outside
 
@@ -24,8 +25,11 @@ def verify(folder: str | Location, manifest: Manifest | None = None) -> Manifest
         raise DataError(f"{folder}: " + "; ".join(problems) + ". Restore these files, or prepare the data set again.")
     with ShardReader(folder, manifest) as reader:
         for class_id, entry in enumerate(manifest.classes):
-            images = reader.read_class(class_id)
-            if len(images) != entry.count or pixels_sha256(images) != entry.sha256:
+            digest, count = ExamplesDigest(), 0
+            for part in reader.parts(class_id):
+                digest.update(part)
+                count += len(part)
+            if count != entry.count or digest.hexdigest() != entry.sha256:
                 raise DataError(
                     f"{folder / MANIFEST}: class {entry.name} disagrees with its shards. Prepare the data set again."
                 )

@@ -9,89 +9,89 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+import unicodedata
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.datasets.source import RawClass
+from pipeline.datasets.source import Column, Examples, Modality
 from pipeline.errors import DataError
 from pipeline.files import sync
 from pipeline.storage import Location, ObjectPath, copy_folder, location
-from pipeline.tasks.shards.digests import file_sha256, pixels_sha256
-from pipeline.tasks.shards.manifest import FORMAT_VERSION, MANIFEST, Manifest
+from pipeline.tasks.shards.digests import file_sha256
+from pipeline.tasks.shards.examples import (
+    COLUMN,
+    DTYPE,
+    FIXED,
+    ExamplesDigest,
+    arrow_type,
+    checked,
+    concatenated,
+    lengths,
+    to_arrow,
+)
+from pipeline.tasks.shards.manifest import MANIFEST, Manifest
 from pipeline.types import Split
 
 ROW_GROUP_BYTES = 4 << 20
 SHARD_BYTES = 64 << 20
 
 
+class ClassExamples(NamedTuple):
+    """All examples of one class."""
+
+    name: str  # unique in the data set, e.g. "Greek/character01"
+    group: str  # alphabet, script, domain, clinic
+    examples: Examples  # of at least one
+
+
 def write(
     out: str | Location,
-    classes: Iterable[RawClass],
+    classes: Iterable[ClassExamples],
     *,
     splits: Mapping[str, Mapping[str, Split]],
     source: Mapping[str, Any],
     preprocessing: Mapping[str, Any],
-    findings: Callable[[], Mapping[str, Any]] = dict,
+    modality: Modality = "image",
+    shape: tuple[int, ...] | None = None,
+    columns: Sequence[Column] = (),
     overwrite: bool = False,
     row_group_bytes: int = ROW_GROUP_BYTES,
     shard_bytes: int = SHARD_BYTES,
 ) -> Manifest:
-    """Write a data set to the folder `out`, atomically: it appears whole, or not at all.
+    """Write classes to the folder `out` as a data set, atomically: it appears whole, or not at all.
 
-    splits: name of a class split -> class name -> part; every class must be in every split.
-    findings: called once all classes are written; what it returns is recorded beside `source`.
-    One class is held in memory at a time. For an object store the data set is written on this machine first and copied,
-    its manifest last.
+    splits: name of a class split -> class name -> part; every class must be in every split. shape: of one example;
+    needed for encoded images alone (once they are preprocessed). columns: of vectors. One class is held in memory at a
+    time.
 
-    Raises DataError: `out` exists (and not `overwrite`), no classes, a duplicate name, images of another shape or
-    dtype, or a class without a place in a split.
+    Raises DataError: `out` exists (and not `overwrite`), no classes, a duplicate name, examples of another modality or
+    shape, or a class without a place in a split.
     """
-    out = location(out).absolute()
-    check_free(out, overwrite=overwrite)
-    if isinstance(out, ObjectPath):
-        with tempfile.TemporaryDirectory() as scratch:
-            folder = Path(scratch)
-            content, _ = _write_shards(folder, classes, splits, row_group_bytes, shard_bytes)
-            manifest = _write_manifest(folder, _described(content, source, findings, preprocessing))
-            try:
-                (out / MANIFEST).unlink()  # what is left of an old one is none without it
-                out.remove_tree()
-                copy_folder(folder, out, last=MANIFEST)
-            except OSError as error:
-                raise DataError(f"{out}: cannot be written ({error}). Choose another --out.") from error
-        return manifest
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(out)
-        staging, lock = _staging(out)
-    except OSError as error:
-        raise DataError(f"{out}: cannot be written ({error.strerror}). Choose another --out.") from error
-    try:
-        content, files = _write_shards(staging, classes, splits, row_group_bytes, shard_bytes)
-        manifest = _write_manifest(staging, _described(content, source, findings, preprocessing))
-        for file in [*files, staging / MANIFEST]:
-            sync(file)
-        _replace_folder(staging, out)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
-    finally:
-        os.close(lock)
-    return manifest
 
+    def fill(writer: ShardWriter) -> dict[str, Any]:
+        for name, group, examples in classes:
+            writer.begin(name, group)
+            writer.add(examples)
+            if not writer.end():
+                raise DataError(f"class {name}: has no examples.")
+        return {"source": dict(source), "preprocessing": dict(preprocessing)}
 
-def _described(
-    content: dict[str, Any],
-    source: Mapping[str, Any],
-    findings: Callable[[], Mapping[str, Any]],
-    preprocessing: Mapping[str, Any],
-) -> dict[str, Any]:
-    return {**content, "source": {**source, **findings()}, "preprocessing": dict(preprocessing)}
+    with staged(out, overwrite=overwrite) as place:
+        writer = ShardWriter(
+            place.folder,
+            splits=splits,
+            modality=modality,
+            shape=shape,
+            columns=columns,
+            row_group_bytes=row_group_bytes,
+            shard_bytes=shard_bytes,
+        )
+        return place.publish(writer, fill(writer))
 
 
 def check_free(out: str | Location, *, overwrite: bool) -> None:
@@ -108,15 +108,70 @@ def check_free(out: str | Location, *, overwrite: bool) -> None:
         raise DataError(f"{out}: exists and is not a data set, so --overwrite leaves it alone. Choose another --out.")
 
 
-def _staging(out: Path) -> tuple[Path, int]:
+class Staging(NamedTuple):
+    """A folder to write a data set in, before it appears at its place."""
+
+    folder: Path
+    out: Location
+
+    def publish(self, writer: ShardWriter, about: Mapping[str, Any]) -> Manifest:
+        """End the writer, add the manifest and put the data set in its place. about: source and preprocessing."""
+        content = writer.close()
+        manifest = Manifest.model_validate({**content, **about, "digest": "0" * 64})
+        manifest = manifest.model_copy(update={"digest": manifest.compute_digest()})
+        (self.folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+        if isinstance(self.out, ObjectPath):
+            try:
+                (self.out / MANIFEST).unlink()  # what is left of an old one is none without it
+                self.out.remove_tree()
+                copy_folder(self.folder, self.out, last=MANIFEST)
+            except OSError as error:
+                raise DataError(f"{self.out}: cannot be written ({error}). Choose another --out.") from error
+        else:
+            for file in [*writer.files, self.folder / MANIFEST]:
+                sync(file)
+            _replace_folder(self.folder, self.out)
+        return manifest
+
+
+@contextlib.contextmanager
+def staged(out: str | Location, *, overwrite: bool) -> Iterator[Staging]:
+    """A new folder beside `out` to write a data set in; it goes if the block fails.
+
+    For an object store it lies on this machine, and is copied when it is published, its manifest last.
+
+    Raises DataError: something is at `out` already (and not `overwrite`), or it cannot be written.
+    """
+    out = location(out).absolute()
+    check_free(out, overwrite=overwrite)
+    if isinstance(out, ObjectPath):
+        with tempfile.TemporaryDirectory() as scratch:
+            yield Staging(Path(scratch), out)
+        return
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(out)
+        folder, lock = _new_folder(out)
+    except OSError as error:
+        raise DataError(f"{out}: cannot be written ({error.strerror}). Choose another --out.") from error
+    try:
+        yield Staging(folder, out)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    finally:
+        os.close(lock)
+
+
+def _new_folder(out: Path) -> tuple[Path, int]:
     """A new folder beside `out` to write in, and its lock: a descriptor to close at the end."""
     unlocked = Path(tempfile.mkdtemp(prefix=f".{out.name}.new-", dir=out.parent))
     unlocked.chmod(0o755)  # mkdtemp makes 0700; other users and workers read the data set as well
     lock = os.open(unlocked, os.O_RDONLY)
     with contextlib.suppress(OSError):  # a file system without locks: nobody can sweep there either
         fcntl.flock(lock, fcntl.LOCK_EX)
-    staging = out.parent / f".{out.name}.partial-{unlocked.name.rsplit('-', 1)[1]}"
-    return unlocked.rename(staging), lock  # locked before it has the name that others sweep
+    folder = out.parent / f".{out.name}.partial-{unlocked.name.rsplit('-', 1)[1]}"
+    return unlocked.rename(folder), lock  # locked before it has the name that others sweep
 
 
 def _sweep(out: Path) -> None:
@@ -131,94 +186,168 @@ def _sweep(out: Path) -> None:
                 os.close(lock)
 
 
-def _write_shards(
-    folder: Path,
-    classes: Iterable[RawClass],
-    splits: Mapping[str, Mapping[str, Split]],
-    row_group_bytes: int,
-    shard_bytes: int,
-) -> tuple[dict[str, Any], list[Path]]:
-    (folder / "shards").mkdir()
-    entries: list[dict[str, Any]] = []
-    shape: tuple[int, ...] | None = None
-    schema: pa.Schema | None = None
-    writer: pq.ParquetWriter | None = None
-    files: list[Path] = []
-    written = 0
-    names: set[str] = set()
-    for raw in classes:
-        if raw.images.dtype != np.uint8 or raw.images.ndim != 4 or len(raw.images) == 0:
+class ShardWriter:
+    """Examples, class by class -> shards in a folder, row groups written as they are full.
+
+    What is written depends on the classes and their examples alone, and not on how many are added at once. At most a
+    row group, and what was added last, is in memory.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        splits: Mapping[str, Mapping[str, Split]],
+        modality: Modality = "image",
+        shape: tuple[int, ...] | None = None,
+        columns: Sequence[Column] = (),
+        min_examples: int = 1,
+        row_group_bytes: int = ROW_GROUP_BYTES,
+        shard_bytes: int = SHARD_BYTES,
+    ) -> None:
+        """min_examples: a class with fewer is left out."""
+        self.files: list[Path] = []
+        self._folder = folder / "shards"
+        self._folder.mkdir()
+        self._splits = splits
+        self._modality = modality
+        self._shape = tuple(shape) if shape is not None else (() if modality == "text" else None)
+        self._columns = columns
+        self._min_examples = min_examples
+        self._row_group_bytes = row_group_bytes
+        self._shard_bytes = shard_bytes
+        self._writer: pq.ParquetWriter | None = None
+        self._written = self._groups_in_shard = 0  # bytes and row groups of the shard that is open
+        self._entries: list[dict[str, Any]] = []
+        self._names: set[str] = set()
+        self._name = self._group = ""  # of the class that is open
+
+    def begin(self, name: str, group: str) -> None:
+        """A class. Raises DataError: its name is taken, or no name, or it is in no part of a class split."""
+        if any(unicodedata.category(character) in ("Cc", "Cs") for character in name + group):
             raise DataError(
-                f"class {raw.name}: expected uint8 images [count, H, W, C], got {raw.images.dtype} "
-                f"{list(raw.images.shape)}."
+                f"class {name!a}: its name or its group {group!a} has control characters or is not UTF-8. Rename it."
             )
-        if raw.name in names:
-            raise DataError(f"class {raw.name}: two classes have this name; names must be unique.")
-        shape = shape or raw.images.shape[1:]
-        if raw.images.shape[1:] != shape:
-            raise DataError(f"class {raw.name}: images of {raw.images.shape[1:]}, the others of {shape}.")
-        missing = [name for name, members in splits.items() if raw.name not in members]
+        if name in self._names:
+            raise DataError(f"class {name}: two classes have this name; names must be unique.")
+        missing = [split for split, members in self._splits.items() if name not in members]
         if missing:
-            raise DataError(f"class {raw.name}: has no place in the class split {missing[0]}.")
-        names.add(raw.name)
-        example_bytes = int(np.prod(shape))
-        schema = schema or _schema(shape)
-        rows_per_group = max(1, row_group_bytes // example_bytes)
-        row_groups = []
-        for start in range(0, len(raw.images), rows_per_group):
-            images = raw.images[start : start + rows_per_group]
-            if writer is None or (written and written + images.nbytes > shard_bytes):
-                if writer is not None:
-                    writer.close()
-                files.append(folder / "shards" / f"{len(files):05d}.parquet")
-                writer = _open_writer(files[-1], schema)
-                written, groups_in_shard = 0, 0
-            writer.write_table(_table(schema, len(entries), raw, images), row_group_size=len(images))
-            row_groups.append({"shard": len(files) - 1, "row_group": groups_in_shard, "rows": len(images)})
-            groups_in_shard += 1
-            written += images.nbytes
-        entries.append(
+            raise DataError(f"class {name}: has no place in the class split {missing[0]}.")
+        self._names.add(name)
+        self._name, self._group = name, group
+        self._digest, self._count, self._row_groups = ExamplesDigest(), 0, list[dict[str, int]]()
+        self._pending: list[Examples] = []  # not yet in a row group
+        self._pending_bytes = 0
+
+    def add(self, examples: Examples) -> None:
+        """Some examples of the class, after those before. Raises DataError: not of this modality, or another shape."""
+        examples = checked(self._modality, examples, name=self._name, shape=self._fixed_shape)
+        if not len(examples):
+            return
+        if isinstance(examples, np.ndarray):
+            self._shape = examples.shape[1:]
+        self._digest.update(examples)
+        self._count += len(examples)
+        self._pending.append(examples)
+        self._pending_bytes += int(lengths(examples).sum())
+        if self._pending_bytes >= self._row_group_bytes and self._count >= self._min_examples:
+            self._write_pending(last=False)
+
+    def end(self) -> int:
+        """The class is whole. Returns how many examples it has; 0 where it is left out."""
+        if self._count < self._min_examples:
+            return 0
+        self._write_pending(last=True)
+        self._entries.append(
             {
-                "name": raw.name,
-                "group": raw.group,
-                "count": len(raw.images),
-                "sha256": pixels_sha256(raw.images),
-                "splits": {name: members[raw.name] for name, members in splits.items()},
-                "row_groups": row_groups,
+                "name": self._name,
+                "group": self._group,
+                "count": self._count,
+                "sha256": self._digest.hexdigest(),
+                "splits": {name: members[self._name] for name, members in self._splits.items()},
+                "row_groups": self._row_groups,
             }
         )
-    if writer is None or shape is None:
-        raise DataError("the source has no classes; nothing was written.")
-    writer.close()
-    content = {
-        "format_version": FORMAT_VERSION,
-        "modality": "image",
-        "shape": shape,
-        "dtype": "uint8",
-        "classes": entries,
-        "splits": list(splits),
-        "shards": [{"file": f"shards/{f.name}", "bytes": f.stat().st_size, "sha256": file_sha256(f)} for f in files],
-    }
-    return content, files
+        return self._count
+
+    def close(self) -> dict[str, Any]:
+        """End the last shard. Returns the manifest's content save for source, preprocessing and digest.
+
+        Raises DataError: there was no class.
+        """
+        if self._writer is None:
+            raise DataError("the source has no classes; nothing was written.")
+        self._writer.close()
+        if self._shape is None:
+            raise DataError(f"the shape of {self._modality} examples was not given.")
+        columns = list(self._columns)
+        if self._modality == "vector" and not columns:
+            columns = [Column(name=str(number)) for number in range(self._shape[0])]
+        return {
+            "format_version": 1 if self._modality == "image" else 2,
+            "modality": self._modality,
+            "shape": self._shape,
+            "dtype": DTYPE[self._modality],
+            "columns": columns,
+            "classes": self._entries,
+            "splits": list(self._splits),
+            "shards": [
+                {"file": f"shards/{f.name}", "bytes": f.stat().st_size, "sha256": file_sha256(f)} for f in self.files
+            ],
+        }
+
+    @property
+    def _fixed_shape(self) -> tuple[int, ...] | None:
+        return self._shape if self._modality in FIXED else None
+
+    def _write_pending(self, *, last: bool) -> None:
+        """Write the row groups that are full, and, of a class that is whole, the last one."""
+        pending = concatenated(self._pending)
+        start = 0
+        for stop in self._cuts(lengths(pending), last=last):
+            self._write_row_group(pending[start:stop])
+            start = stop
+        rest = pending[start:]
+        self._pending = [rest.copy() if isinstance(rest, np.ndarray) else rest] if len(rest) else []
+        self._pending_bytes = int(lengths(rest).sum())
+
+    def _cuts(self, sizes: np.ndarray, *, last: bool) -> Iterator[int]:
+        """Where row groups end: each as long as fits into `row_group_bytes`, and of at least one example."""
+        group = 0
+        for position, size in enumerate(sizes.tolist()):
+            if group and group + size > self._row_group_bytes:
+                yield position
+                group = 0
+            group += size
+        if last and len(sizes):
+            yield len(sizes)
+
+    def _write_row_group(self, examples: Examples) -> None:
+        size = int(lengths(examples).sum())
+        schema = _schema(self._modality, self._shape or ())
+        if self._writer is None or (self._written and self._written + size > self._shard_bytes):
+            if self._writer is not None:
+                self._writer.close()
+            self.files.append(self._folder / f"{len(self.files):05d}.parquet")
+            self._writer = _open_writer(self.files[-1], schema)
+            self._written = self._groups_in_shard = 0
+        table = _table(schema, self._modality, len(self._entries), self._name, self._group, examples)
+        self._writer.write_table(table, row_group_size=len(examples))
+        self._row_groups.append(
+            {"shard": len(self.files) - 1, "row_group": self._groups_in_shard, "rows": len(examples)}
+        )
+        self._groups_in_shard += 1
+        self._written += size
 
 
-def _write_manifest(folder: Path, content: dict[str, Any]) -> Manifest:
-    manifest = Manifest.model_validate({**content, "digest": "0" * 64})
-    manifest = manifest.model_copy(update={"digest": manifest.compute_digest()})
-    text = json.dumps(manifest.model_dump(mode="json"), ensure_ascii=False, indent=1) + "\n"
-    (folder / MANIFEST).write_text(text, encoding="utf-8")
-    return manifest
-
-
-def _schema(shape: tuple[int, ...]) -> pa.Schema:
-    image = pa.field("image", pa.binary(int(np.prod(shape))), nullable=False)
+def _schema(modality: Modality, shape: tuple[int, ...]) -> pa.Schema:
     fields = [
         pa.field("class_id", pa.int32(), nullable=False),
         pa.field("class_name", pa.string(), nullable=False),
         pa.field("group", pa.string(), nullable=False),
-        image,
+        pa.field(COLUMN[modality], arrow_type(modality, shape), nullable=False),
     ]
-    return pa.schema(fields, metadata={"shape": json.dumps(list(shape)), "dtype": "uint8"})
+    return pa.schema(fields, metadata={"shape": json.dumps(list(shape)), "dtype": DTYPE[modality]})
 
 
 def _open_writer(file: Path, schema: pa.Schema) -> pq.ParquetWriter:
@@ -232,14 +361,13 @@ def _open_writer(file: Path, schema: pa.Schema) -> pq.ParquetWriter:
     )
 
 
-def _table(schema: pa.Schema, class_id: int, raw: RawClass, images: np.ndarray) -> pa.Table:
-    rows = len(images)
-    pixels = pa.py_buffer(np.ascontiguousarray(images))
+def _table(schema: pa.Schema, modality: Modality, class_id: int, name: str, group: str, examples: Examples) -> pa.Table:
+    rows = len(examples)
     columns = [
         pa.array(np.full(rows, class_id, dtype=np.int32)),
-        pa.array([raw.name] * rows, pa.string()),
-        pa.array([raw.group] * rows, pa.string()),
-        pa.FixedSizeBinaryArray.from_buffers(schema.field("image").type, rows, [None, pixels]),
+        pa.array([name] * rows, pa.string()),
+        pa.array([group] * rows, pa.string()),
+        to_arrow(modality, examples),
     ]
     return pa.Table.from_arrays(columns, schema=schema)
 
