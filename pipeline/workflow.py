@@ -7,18 +7,30 @@ import os
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
-from pipeline import class_report, initial, launch, movement, pictures, promotion, results, runs, storage
+from pipeline import (
+    class_report,
+    evaluation_task,
+    initial,
+    launch,
+    movement,
+    pictures,
+    promotion,
+    results,
+    runs,
+    storage,
+)
 from pipeline import experiment as experiments
 from pipeline.baselines import nearest_neighbour
 from pipeline.credentials import without_credentials
 from pipeline.errors import ConfigError, DataError, TrackingError
+from pipeline.evaluation_task import Part
 from pipeline.experiment import Components, Experiment
 from pipeline.learner import Learner, card_of
 from pipeline.runs import RunFolder
@@ -40,7 +52,7 @@ from pipeline.training.evaluate import (
 )
 from pipeline.training.memory import keep_freed_memory
 from pipeline.training.plan import Plan
-from pipeline.types import MetaState, Normalization, Split
+from pipeline.types import MetaState, Normalization, Split, TaskFamily
 
 FOLLOW_SECONDS = 1.0
 AWAY_SECONDS = 5.0  # between attempts to reach an MLflow that did not answer
@@ -362,6 +374,7 @@ class ModelEvaluation(NamedTuple):
     comparisons: list[Comparison]
     mode: Normalization
     trained_on_this_data: bool
+    data: str | None  # the data set's folder; None where there is no one
 
 
 def evaluate_model(
@@ -369,43 +382,96 @@ def evaluate_model(
     *,
     data: str | None = None,
     class_split: str | None = None,
-    part: Split = "meta_test",
-    episodes: int = 1000,
-    seed: int = TEST_SEED,
-    steps: int | None = None,
+    part: Part = "meta_test",
+    n_way: int | None = None,
     k_shot: int | None = None,
     n_query: int | None = None,
-    baselines: bool = False,
-    report: Path | None = None,
+    **how: Any,
 ) -> ModelEvaluation:
     """A model on fixed episodes of a data set (by default the one it was trained on).
 
-    report: a folder for which classes are hard and which are confused (see `class_report`).
+    part: "all" for every class of a data set that was never trained on; for what else can be changed see
+    `evaluation_task.of`. how: as `_evaluated`.
 
-    Raises ConfigError: a report is wanted and the tasks have no classes. DataError: the data set is missing, damaged,
-    too small, or its images have another shape.
+    Raises ConfigError: a report is wanted and the tasks have no classes; more classes than the model has outputs.
+    DataError: the data set is missing, damaged, too small, or its images have another shape.
     """
+    shape: dict[str, Any] = {"class_split": class_split, "part": part, "n_way": n_way, "k_shot": k_shot}
+    (result,) = evaluate_model_on(learner, [data], **shape, n_query=n_query, **how)
+    return result
+
+
+def evaluate_model_on(
+    learner: Learner,
+    data: Sequence[str | None],
+    *,
+    class_split: str | None = None,
+    part: Part = "meta_test",
+    n_way: int | None = None,
+    k_shot: int | None = None,
+    n_query: int | None = None,
+    **how: Any,
+) -> list[ModelEvaluation]:
+    """`evaluate_model` on each of several data sets, all of which are checked before the first one is evaluated."""
     keep_freed_memory()
     exp = experiments.from_dict(learner.card.experiment, source="the model's experiment")
-    changes = {"data": data, "split": class_split, "eval_k_shot": k_shot, "eval_n_query": n_query}
-    if learner.card.objective != "classification":
-        if data or class_split:
-            raise ConfigError(f"{learner.card.name}: its tasks are procedural; --data and --class-split do not apply.")
-        changes = {"eval_k_shot": k_shot, "eval_n_query": n_query}
-    task = exp.task.model_copy(update={k: v for k, v in changes.items() if v is not None})
+    prepared = []
+    for folder in data:
+        chosen = evaluation_task.of(
+            exp, data=folder, class_split=class_split, part=part, n_way=n_way, k_shot=k_shot, n_query=n_query
+        )
+        one = _prepared(learner, exp, *chosen, report=bool(how.get("report")))
+        prepared.append(one if len(data) == 1 else one._replace(family=None))  # not all of them in memory at once
+    return [_evaluated(learner, one, **how) for one in prepared]
+
+
+class _Prepared(NamedTuple):
+    """Episodes that were found to fit a learner."""
+
+    exp: Experiment
+    task: Any  # a section
+    part: Split
+    digest: str
+    family: TaskFamily | None  # None: to be built anew
+
+
+def _prepared(learner: Learner, exp: Experiment, task: Any, part: Split, *, report: bool) -> _Prepared:
+    """Raises ConfigError and DataError as `evaluate_model` does."""
     digest = task.verify()
-    device = launch.default_device()
-    family = task.build(device=device, dtype=learner.dtype)
-    reported = class_report.check(family) if report else None
-    chunk = experiments.task_chunk(exp, Components(family, learner.model, learner.algorithm), device)
+    family: TaskFamily = task.build(device=launch.default_device(), dtype=learner.dtype)
+    if report:
+        class_report.check(family)
+    ways = family.description.get("n_way") or 0
+    if ways > learner.card.num_outputs and not learner.algorithm.any_way:
+        raise ConfigError(
+            f"--n-way {ways}: {learner.card.name} was trained for {learner.card.num_outputs}-way tasks, and its head "
+            "has that many outputs. Give fewer, or train with a larger task.n_way."
+        )
     if list(family.input_shape) != learner.card.input_shape:
         raise ConfigError(
             f"{task.data}: its images are {list(family.input_shape)}, {learner.card.name} takes "
             f"{learner.card.input_shape}. Prepare the data set with that --size."
         )
-
     if isinstance(family, ClassTasks) and part != "meta_train":
         _check_unseen(learner, family, part)
+    return _Prepared(exp, task, part, digest, family)
+
+
+def _evaluated(
+    learner: Learner,
+    prepared: _Prepared,
+    *,
+    episodes: int = 1000,
+    seed: int = TEST_SEED,
+    steps: int | None = None,
+    baselines: bool = False,
+    report: Path | None = None,
+) -> ModelEvaluation:
+    """report: a folder for which classes are hard and which are confused (see `class_report`)."""
+    exp, task, part, digest, family = prepared
+    device = launch.default_device()
+    family = family or task.build(device=device, dtype=learner.dtype)
+    chunk = experiments.task_chunk(exp, Components(family, learner.model, learner.algorithm), device)
 
     def run(state: MetaState, *, keep_predictions: bool = False) -> Evaluation:
         return evaluate(
@@ -421,9 +487,9 @@ def evaluate_model(
             keep_predictions=keep_predictions,
         )
 
-    evaluation = run(learner.state, keep_predictions=reported is not None)
-    if report and reported:
-        class_report.write(evaluation, reported, report, mode=promotion.MODE)
+    evaluation = run(learner.state, keep_predictions=report is not None)
+    if report:
+        class_report.write(evaluation, class_report.check(family), report, mode=promotion.MODE)
     comparisons = []
     if baselines:
         ours = evaluation.final_scores(promotion.MODE)
@@ -433,7 +499,8 @@ def evaluate_model(
             others["nearest neighbour on pixels"] = nearest_neighbour(family, split=part, seed=seed, episodes=episodes)
         sign = 1 if family.objective.higher_is_better else -1
         comparisons = [Comparison(n, Estimate.of(s), paired(sign * ours, sign * s)) for n, s in others.items()]
-    return ModelEvaluation(learner, evaluation, comparisons, promotion.MODE, digest == learner.card.data_digest)
+    own = digest == learner.card.data_digest
+    return ModelEvaluation(learner, evaluation, comparisons, promotion.MODE, own, getattr(task, "data", None))
 
 
 def _check_unseen(learner: Learner, family: ClassTasks, part: Split) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import Any, Protocol, Self
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, PrivateAttr, model_validator
 from torch import Tensor
 
 from pipeline.config import Section
@@ -49,6 +49,8 @@ class ClassTasksConfig(Section):
     variable: VariableConfig | None = None
     # classes and shots vary as in Meta-Dataset: n_way is the most classes, k_shot is evaluation's. None: they are fixed
 
+    _parts: tuple[Split, ...] = PrivateAttr(default=SPLITS)
+
     @model_validator(mode="after")
     def _variable_shapes_fit(self) -> Self:
         if self.variable is not None:
@@ -62,13 +64,14 @@ class ClassTasksConfig(Section):
     def verify(self) -> str:
         """Check the data set's bytes and that it is large enough; returns its digest. Raises DataError."""
         manifest = shards.verify(self.data)
-        for split in SPLITS:
+        for split in self.parts:
             self.check_size(manifest, split)
         return manifest.digest
 
     def check_size(self, manifest: shards.Manifest, split: Split) -> None:
         """Raises DataError where a part has too few classes for `n_way` or a class too few examples."""
-        if self.split not in manifest.splits:
+        of_evaluation = self.split == shards.EVERY_CLASS and len(self.parts) == 1
+        if self.split not in manifest.splits and not of_evaluation:
             raise DataError(
                 f"{self.data}: has no class split {self.split!r} (task.split); it has: {', '.join(manifest.splits)}."
             )
@@ -90,6 +93,17 @@ class ClassTasksConfig(Section):
                 f"{self.data}: class {smallest.name} ({split}) has {smallest.count} examples, too few for "
                 f"task.{shots}={k_shot} plus task.{queries}={n_query}. Lower them, or leave the class out."
             )
+
+    @property
+    def parts(self) -> tuple[Split, ...]:
+        """The parts of the class split that are asked for."""
+        return self._parts
+
+    def only(self, part: Split) -> Self:
+        """For an evaluation of one part: the others may be too small, or hold no classes at all."""
+        copy = self.model_copy()
+        copy._parts = (part,)
+        return copy
 
     def episode(self, split: Split) -> tuple[int, int, int]:
         """n_way, and support and query examples per class."""
@@ -144,12 +158,13 @@ class ClassTasks(OneShape):
         self._drawn_on = torch.device("cpu") if self.prefetch else device
         counts = torch.tensor([entry.count for entry in self.manifest.classes], device=self._drawn_on)
         for split in SPLITS:
-            config.check_size(self.manifest, split)
-            members = torch.tensor(self.manifest.members(config.split, split), device=self._drawn_on)
+            if split in config.parts:
+                config.check_size(self.manifest, split)
+            members = torch.tensor(self.manifest.members(config.split, split), dtype=torch.int64, device=self._drawn_on)
             self._members[split] = members
             self._counts[split] = counts[members]
             sizes = [entry.count for entry in self.entries(split)]
-            self._sizes[split] = min(sizes), max(sizes)
+            self._sizes[split] = min(sizes, default=0), max(sizes, default=0)
         self.train_classes = len(self._members["meta_train"]) * self._copies("meta_train")
         self.weighting = (
             ClassDifficulty(config.difficulty, classes=self.train_classes, device=device) if config.difficulty else None

@@ -17,12 +17,21 @@ becomes such an image (preprocessing), and not how the bytes were packed, so the
 with any Parquet writer.
 """
 
-from pipeline.tasks.shards.manifest import MANIFEST, ClassEntry, Manifest, RowGroup, ShardEntry, read_manifest
+from pipeline.tasks.shards.manifest import (
+    EVERY_CLASS,
+    MANIFEST,
+    ClassEntry,
+    Manifest,
+    RowGroup,
+    ShardEntry,
+    read_manifest,
+)
 from pipeline.tasks.shards.reader import ShardReader
 from pipeline.tasks.shards.verify import verify
 from pipeline.tasks.shards.writer import ClassExamples, ShardWriter, check_free, staged, write
 
 __all__ = [
+    "EVERY_CLASS",
     "MANIFEST",
     "ClassEntry",
     "ClassExamples",

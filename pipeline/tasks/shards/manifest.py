@@ -19,6 +19,7 @@ from pipeline.types import Split
 
 FORMAT_VERSIONS = (1, 2)  # 1: images of a fixed size, every row group of one class; 2: all else
 MANIFEST = "dataset.json"
+EVERY_CLASS = "every class"  # a class split of every data set, for evaluation alone: all classes in any part
 # Folders and a name without anything that a shell, a file system or an object store could take for more.
 SHARD_FILE = re.compile(r"(?:[A-Za-z0-9_][A-Za-z0-9_.-]*/)*[A-Za-z0-9_][A-Za-z0-9_.-]*")
 
@@ -125,7 +126,9 @@ class Manifest(Section):
         return example_bytes(self.modality, self.shape)
 
     def members(self, split_name: str, split: Split) -> list[int]:
-        """Indices into `classes` of one part of a class split."""
+        """Indices into `classes` of one part of a class split; of EVERY_CLASS all of them, whatever the part."""
+        if split_name == EVERY_CLASS:
+            return list(range(len(self.classes)))
         return [i for i, entry in enumerate(self.classes) if entry.splits.get(split_name) == split]
 
     def compute_digest(self) -> str:
