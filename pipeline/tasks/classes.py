@@ -127,8 +127,8 @@ class Store(Protocol):
 class ClassTasks(OneShape):
     """Task family: the label of an example is its class's position in the episode.
 
-    A subclass sets `inputs` and `input_shape`, and in `_place_examples` `prefetch`, where its examples do not lie on the
-    device: episodes are then drawn on the CPU, which reads them.
+    A subclass sets `inputs` and `input_shape`, and in `_place_examples` `prefetch`, where its examples do not lie on
+    the device: episodes are then drawn on the CPU, which reads them.
     """
 
     objective = Classification()
