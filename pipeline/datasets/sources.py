@@ -75,6 +75,10 @@ SOURCES = {
     "omniglot": Entry(
         "Omniglot's official archives: 1623 handwritten characters.", "pipeline.datasets.omniglot:OmniglotOptions"
     ),
+    "digits": Entry(
+        "scikit-learn's handwritten digits, to evaluate on; nothing to download.",
+        "pipeline.datasets.digits:DigitsOptions",
+    ),
     "images": Entry(
         "Your own pictures: DIR/CLASS/* or DIR/GROUP/CLASS/*.", "pipeline.datasets.image_folder:ImageFolderOptions"
     ),
