@@ -33,6 +33,7 @@ class Column(Section):
     name: str
     kind: Literal["numeric", "categorical"] = "numeric"
     categories: list[str] = Field(default_factory=list)
+    missing: bool = False  # whether some example misses its value
 
     @model_validator(mode="after")
     def _categories_where_they_belong(self) -> Column:

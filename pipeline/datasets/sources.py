@@ -75,9 +75,16 @@ SOURCES = {
     "omniglot": Entry(
         "Omniglot's official archives: 1623 handwritten characters.", "pipeline.datasets.omniglot:OmniglotOptions"
     ),
-    "digits": Entry(
-        "scikit-learn's handwritten digits, to evaluate on; nothing to download.",
-        "pipeline.datasets.digits:DigitsOptions",
+    "clinc150": Entry(
+        "CLINC150: sentences of 150 intents in 10 domains.", "pipeline.datasets.clinc150:Clinc150Options"
+    ),
+    "csv": Entry(
+        "Rows of CSV files: numbers, categories or texts, with a column of labels.",
+        "pipeline.datasets.tables.source:CsvOptions",
+    ),
+    "parquet": Entry(
+        "Rows of Parquet files: numbers, categories, vectors, texts or pictures, with a column of labels.",
+        "pipeline.datasets.tables.source:ParquetOptions",
     ),
     "images": Entry(
         "Your own pictures: DIR/CLASS/* or DIR/GROUP/CLASS/*.", "pipeline.datasets.image_folder:ImageFolderOptions"

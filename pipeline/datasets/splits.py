@@ -14,6 +14,18 @@ from pipeline.types import SPLITS, Split
 TRAIN_VAL_TEST = (1100, 100, 423)  # of Omniglot's 1623 classes: the random split of the papers
 
 
+def class_splits(groups: Mapping[str, str], *, seed: int) -> dict[str, dict[str, Split]]:
+    """What a source of classes in groups has by itself: class name -> group in, name of a split -> class -> part out.
+
+    `random` deals the classes, 70 % for meta-training and 10 % for validation; `group`, where there are three groups or
+    more, keeps groups whole.
+    """
+    splits = {"random": random_split(list(groups), seed=seed, shares=(70, 10, 20))}
+    if len(set(groups.values())) >= 3:
+        splits["group"] = group_split(groups, seed=seed)
+    return splits
+
+
 def shuffled(names: Collection[str], seed: int) -> list[str]:
     """The names in an order that depends on `seed` and on nothing else."""
     return sorted(names, key=lambda name: (hashlib.sha256(f"{seed}/{name}".encode()).digest(), name))

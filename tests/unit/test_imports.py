@@ -43,7 +43,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 LIBRARY_OF: dict[str, set[str]] = {
     "ray": {"pipeline.launch", "pipeline.tuning", "pipeline.submission", "pipeline.training.context"},
     "mlflow": {"pipeline.tracking", "pipeline.serving", "pipeline.served_model"},
-    "pyarrow": {"pipeline.tasks.shards", "pipeline.storage", "pipeline.results"},
+    "pyarrow": {"pipeline.tasks.shards", "pipeline.datasets.tables", "pipeline.storage", "pipeline.results"},
 }
 
 ONLY_INSIDE_FUNCTIONS = {(module, "ray") for module in LIBRARY_OF["ray"]}  # slow to import

@@ -1,0 +1,191 @@
+"""What a table holds, found by reading it once: classes, kinds of columns, and rows that have no class."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline.datasets.source import Column
+from pipeline.errors import DataError
+
+MISSING = ["", "?", "NA", "N/A", "n/a", "NaN", "nan", "NULL", "null", "None"]  # as tables write that there is no value
+NUMBER = r"^[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?$"
+MAX_CATEGORIES = 1000  # of a column; with more it is no categorical one
+MAX_CLASSES = 1_000_000
+MAX_NAME = 200  # characters of a class's name; more are a text in the wrong column
+MOSTLY = 0.9  # a column is numeric if more than this share of its values are numbers
+LARGEST = float(np.finfo(np.float32).max)
+
+Kind = Literal["numeric", "categorical"]
+
+
+class Names(NamedTuple):
+    """A column of names: one per row, or None and why not."""
+
+    names: list[str | None]
+    reasons: dict[int, str]  # row in the batch -> what is wrong with it
+
+
+def names_of(array: pa.Array, *, what: str) -> Names:
+    """Labels or groups in a batch's column."""
+    names: list[str | None] = []
+    reasons: dict[int, str] = {}
+    for row, text in enumerate(texts_of(array)):
+        name = text.strip() if text is not None else None
+        reason = None
+        if text is None and array[row].is_valid:
+            reason = f"its {what} is not UTF-8"
+        elif name is None or name in MISSING:
+            reason = f"has no {what}"
+        elif len(name) > MAX_NAME:
+            reason = f"its {what} is of {len(name)} characters; {MAX_NAME} are the most"
+        elif re.search(r"[\x00-\x1f\x7f]", name):
+            reason = f"its {what} holds control characters"
+        if reason:
+            reasons[row] = reason
+        names.append(None if reason else name)
+    return Names(names, reasons)
+
+
+def texts_of(array: pa.Array) -> list[str | None]:
+    """A column as texts; None where it is null or no UTF-8."""
+    array = plain(array)
+    if pa.types.is_floating(array.type):  # labels that were integers until one was missing
+        return [None if x is None or x != x else str(int(x)) if x % 1 == 0 else str(x) for x in array.to_pylist()]
+    if not is_binary(array.type):
+        return [None if x is None else str(x) for x in array.to_pylist()]
+    try:
+        return array.cast(pa.string()).to_pylist()
+    except pa.ArrowInvalid:
+        return [_decoded(value) for value in array.to_pylist()]
+
+
+def _decoded(value: bytes | None) -> str | None:
+    try:
+        return None if value is None else value.decode()
+    except UnicodeDecodeError:
+        return None
+
+
+def is_binary(kind: pa.DataType) -> bool:
+    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+
+
+def plain(array: pa.Array) -> pa.Array:
+    """Without a dictionary."""
+    return array.dictionary_decode() if pa.types.is_dictionary(array.type) else array
+
+
+class Numbers(NamedTuple):
+    """A column of a batch as numbers."""
+
+    values: np.ndarray  # float64 [rows]; NaN where missing or no number
+    odd: np.ndarray  # bool [rows]: neither missing nor a number that float32 holds
+
+
+def numbers_of(array: pa.Array) -> Numbers:
+    array = plain(array)
+    if pa.types.is_boolean(array.type) or pa.types.is_integer(array.type) or pa.types.is_floating(array.type):
+        values = pc.cast(array, pa.float64(), safe=False).to_numpy(zero_copy_only=False)
+        odd = np.abs(values) > LARGEST
+    elif pa.types.is_decimal(array.type):
+        values = np.array([np.nan if x is None else float(x) for x in array.to_pylist()], dtype=np.float64)
+        odd = np.abs(values) > LARGEST
+    else:
+        text = stripped(array)
+        number = pc.match_substring_regex(text, NUMBER)
+        values = pc.cast(pc.if_else(number, text, None), pa.float64()).to_numpy(zero_copy_only=False)
+        missing = pc.fill_null(pc.is_in(text, pa.array(MISSING)), True).to_numpy(zero_copy_only=False)
+        odd = (np.isnan(values) & ~missing) | (np.abs(values) > LARGEST)
+    return Numbers(np.where(odd, np.nan, values), odd)
+
+
+def stripped(array: pa.Array) -> pa.Array:
+    """A column's values as texts without blanks around them; what is no UTF-8 becomes U+FFFD, which is no number."""
+    try:
+        array = array.cast(pa.string())
+    except pa.ArrowInvalid:
+        array = pa.array([None if v is None else v.decode(errors="replace") for v in array.to_pylist()], pa.string())
+    return pc.utf8_trim_whitespace(array)
+
+
+def is_list(kind: pa.DataType) -> bool:
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+
+
+def vectors_of(array: pa.Array, width: int) -> Numbers:
+    """Lists of numbers as float64 [rows, width]; odd: of another length, or with one that float32 does not hold."""
+    values = np.full((len(array), width), np.nan)
+    odd = np.zeros(len(array), dtype=bool)
+    lengths = pc.fill_null(pc.list_value_length(array), -1).to_numpy(zero_copy_only=False)
+    right = lengths == width
+    if right.any():
+        flat = pc.list_flatten(array.filter(pa.array(right)))
+        values[right] = pc.cast(flat, pa.float64(), safe=False).to_numpy(zero_copy_only=False).reshape(-1, width)
+    odd = (~right & (lengths >= 0)) | (np.abs(values) > LARGEST).any(axis=1)
+    return Numbers(np.where(odd[:, None], np.nan, values), odd)
+
+
+@dataclass
+class ColumnScan:
+    """What is known of a column so far."""
+
+    name: str
+    asked: Kind | None = None  # as the user says
+    numbers: int = 0
+    odd: int = 0  # values that are no numbers
+    missing: int = 0
+    width: int | None = None  # of a column of lists
+    values: set[str] = field(default_factory=set)  # at most MAX_CATEGORIES + 1
+
+    def add(self, array: pa.Array) -> None:
+        """Raises DataError: neither numbers nor texts."""
+        if is_list(array.type):
+            self._add_lists(array)
+            return
+        kind = plain(array).type
+        texts = pa.types.is_string(kind) or pa.types.is_large_string(kind) or is_binary(kind)
+        numeric = pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind)
+        if not (texts or numeric or pa.types.is_boolean(kind) or pa.types.is_null(kind)):
+            raise DataError(f"column {self.name!r}: of type {kind}, which is no feature. Leave it out (--leave-out).")
+        found = numbers_of(array)
+        there = int((~np.isnan(found.values)).sum())
+        self.numbers += there
+        self.odd += int(found.odd.sum())
+        self.missing += len(array) - there - int(found.odd.sum())
+        if (texts or self.asked == "categorical") and self.asked != "numeric" and len(self.values) <= MAX_CATEGORIES:
+            distinct = [text for text in categories_of(pc.unique(plain(array))) if text is not None]
+            self.values.update(distinct[: MAX_CATEGORIES + 1])
+
+    def _add_lists(self, array: pa.Array) -> None:
+        lengths = pc.unique(pc.drop_null(pc.list_value_length(array))).to_pylist()
+        if self.width is None and lengths:
+            self.width = lengths[0]  # a row of another length is a problem of that row
+        self.missing += array.null_count + int(np.isnan(vectors_of(array, self.width or 0).values).any())
+
+    def columns(self) -> list[Column]:
+        """What becomes of it in a vector. Raises DataError: too many different texts."""
+        if self.width is not None:
+            return [Column(name=f"{self.name}[{i}]", missing=self.missing > 0) for i in range(self.width)]
+        numeric = self.asked == "numeric" or not self.values
+        if self.asked is None and self.values:
+            numeric = self.numbers > MOSTLY * (self.numbers + self.odd)
+        if numeric:
+            return [Column(name=self.name, missing=self.missing > 0)]
+        if len(self.values) > MAX_CATEGORIES:
+            raise DataError(
+                f"column {self.name!r}: more than {MAX_CATEGORIES} different texts, too many for categories. Leave it "
+                f"out (--leave-out {self.name}), or, if the rows are texts, use it as the text (--text {self.name})."
+            )
+        return [Column(name=self.name, kind="categorical", categories=sorted(self.values))]
+
+
+def categories_of(array: pa.Array) -> list[str | None]:
+    """Categories in a column: texts without blanks around them; None where there is none."""
+    texts = (text.strip() if text is not None else None for text in texts_of(array))
+    return [None if text in MISSING else text for text in texts]

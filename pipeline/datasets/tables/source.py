@@ -1,0 +1,324 @@
+"""`metapipe data prepare csv` and `parquet`: any table whose rows are labelled examples.
+
+An example is what the columns beside the label and the group hold (numbers, categories, lists of numbers), or the one
+column that is named as the text or the picture. A class is a label, or, with groups, a label within a group.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+import tempfile
+import weakref
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+from pydantic import Field
+
+from pipeline.datasets.preprocessing import Preprocessing, decode_picture
+from pipeline.datasets.source import Column, Examples, Modality, Problem, RawClass, Source
+from pipeline.datasets.sources import FolderOptions
+from pipeline.datasets.splits import class_splits
+from pipeline.datasets.tables import scanning, sorting
+from pipeline.datasets.tables.batches import Batch, CsvFiles, ParquetFiles
+from pipeline.datasets.tables.scanning import MAX_CLASSES, ColumnScan, names_of
+from pipeline.errors import ConfigError, DataError
+from pipeline.types import Split
+
+MAX_TEXT_BYTES = 1 << 20  # of an example; more is no sentence
+HALF = 0.5  # of the rows; with more classes than that the label is none
+
+
+class TableOptions(FolderOptions):
+    """Of a table, in whatever file."""
+
+    directory: Path | None = Field(None, description="A file, or a folder of files with the same columns.")
+    label: str = Field("label", description="Column of the classes' names.")
+    group: str | None = Field(None, description="Column of their groups (domain, clinic), which the split group keeps.")
+    text: str | None = Field(None, description="Column of texts, which are the examples.")
+    image: str | None = Field(None, description="Column of pictures (bytes, or a struct of bytes and path).")
+    features: list[str] | None = Field(None, description="Columns that are the examples (default: all others).")
+    leave_out: list[str] | None = Field(None, description="Columns that are not used.")
+    numeric: list[str] | None = Field(None, description="Columns that are numbers, whatever they look like.")
+    categorical: list[str] | None = Field(None, description="Columns that are categories, even if written as numbers.")
+    kind: Literal["drawing", "photo"] = Field("photo", description="Of pictures. drawing: grey, ink high. photo: RGB.")
+    size: int = Field(84, ge=8, le=1024, description="Of pictures: height and width in pixels.")
+
+    def table(self) -> CsvFiles | ParquetFiles:
+        raise NotImplementedError
+
+    def record(self) -> dict[str, Any]:
+        """What was asked for; pictures alone have a kind and a size."""
+        of_pictures = {"kind", "size"} if self.image is None else set()
+        return self.model_dump(mode="json", exclude_none=True, exclude={"directory", *of_pictures})
+
+    def open(self, *, seed: int) -> Table:
+        return Table(self, self.table())
+
+
+class CsvOptions(TableOptions):
+    """Of CSV files."""
+
+    directory: Path | None = Field(
+        None, description="A CSV file (also .gz), or a folder of them with the same columns."
+    )
+    delimiter: str = Field(",", description="Between cells: one character, or tab.")
+    no_header: bool = Field(False, description="The first row is an example; columns are named f0, f1, …")
+
+    def table(self) -> CsvFiles:
+        delimiter = "\t" if self.delimiter in ("tab", "\\t") else self.delimiter
+        if len(delimiter.encode()) != 1 or delimiter in '"\r\n':
+            raise ConfigError(f"--delimiter {self.delimiter!r}: should be one character, such as ; or tab.")
+        return CsvFiles(self.folder(), delimiter=delimiter, header=not self.no_header)
+
+
+class ParquetOptions(TableOptions):
+    """Of Parquet files."""
+
+    directory: Path | None = Field(None, description="A Parquet file, or a folder of them with the same columns.")
+
+    def table(self) -> ParquetFiles:
+        return ParquetFiles(self.folder())
+
+
+class _Scan(NamedTuple):
+    classes: list[tuple[str, str]]  # (name, group), in the order of the names
+    counts: list[int]  # rows of each, before any is found to be bad
+    sizes: list[int]  # bytes of its texts or pictures
+    columns: list[Column]  # of vectors
+    scans: dict[str, ColumnScan]
+
+
+class Table(Source):
+    """Labelled rows. Raises ConfigError: a column is not there, or has two roles."""
+
+    def __init__(self, options: TableOptions, table: CsvFiles | ParquetFiles) -> None:
+        self._options = options
+        self._table = table
+        self._content = options.text or options.image
+        self._features = _features(options, table.names)
+        if options.image is not None:
+            channels: Literal[1, 3] = 3 if options.kind == "photo" else 1
+            self.preprocessing = Preprocessing(kind=options.kind, size=options.size, channels=channels)
+        self.modality: Modality = "text" if options.text else "image" if options.image else "vector"
+        self._folder = Path(tempfile.mkdtemp(prefix="metapipe-table-"))
+        weakref.finalize(self, _remove, self._folder, os.getpid())
+
+    def __getstate__(self) -> dict[str, Any]:  # of a copy in another process, which only reads
+        return {name: self.__dict__.get(name) for name in ("_folder", "modality", "preprocessing")}
+
+    @property
+    def columns(self) -> Sequence[Column]:  # type: ignore[override]
+        return self._scan.columns
+
+    def splits(self, *, seed: int) -> dict[str, dict[str, Split]]:
+        return class_splits(dict(self._scan.classes), seed=seed)
+
+    def classes(self) -> Iterator[RawClass]:
+        rows, problems = self._sort()
+        for class_id, (name, group) in enumerate(self._scan.classes):
+            items: list[sorting.Item] = [*rows.items(class_id)]
+            if class_id == 0:  # rows without a class are told of with the first one
+                items = [*problems, *items]
+            yield RawClass(name, group, items)
+
+    def read(self, items: Sequence[Any]) -> tuple[Examples, list[Problem]]:
+        return _read(self._folder, self.modality, self.preprocessing, items)
+
+    @cached_property
+    def _scan(self) -> _Scan:
+        """The first reading."""
+        options = self._options
+        counts: Counter[tuple[str, str]] = Counter()
+        sizes: Counter[tuple[str, str]] = Counter()
+        asked = dict.fromkeys(options.numeric or (), "numeric") | dict.fromkeys(
+            options.categorical or (), "categorical"
+        )
+        scans = {name: ColumnScan(name, asked.get(name)) for name in self._features}  # type: ignore[arg-type]
+        rows = 0
+        for batch in self._batches():
+            members = self._members(batch).classes
+            counts.update(member for member in members if member is not None)
+            rows += len(members)
+            if len(counts) > MAX_CLASSES:
+                raise DataError(f"column {options.label!r}: more than {MAX_CLASSES:,} classes. Is it the label?")
+            if self._content:
+                for member, content in zip(members, self._contents(batch)[0], strict=True):
+                    if member is not None and content is not None:
+                        sizes[member] += len(content)
+            for name, scan in scans.items():
+                scan.add(batch.table.column(name))
+        if not counts:
+            raise DataError(f"{self._table.files[0]}: no row has a label in column {options.label!r}.")
+        if len(counts) > HALF * rows and rows > 20:
+            raise DataError(
+                f"column {options.label!r}: {len(counts):,} different values in {rows:,} rows. That is no label of "
+                "classes with several examples each; name another column with --label."
+            )
+        keys = sorted(counts)
+        names = [(label if options.group is None else f"{group}/{label}", group) for group, label in keys]
+        columns = [column for scan in scans.values() for column in scan.columns()]
+        if not self._content and not columns:
+            raise DataError(f"{self._table.files[0]}: no column beside the label is left to be the examples.")
+        return _Scan(names, [counts[k] for k in keys], [sizes[k] for k in keys], columns, scans)
+
+    def _sort(self) -> tuple[sorting.SortedRows, list[sorting.ProblemFile]]:
+        """The second reading."""
+        scan = self._scan
+        numbers = {name: i for i, (name, _) in enumerate(scan.classes)}
+        width = 0 if self._content else len(scan.columns)
+        rows = sorting.SortedRows(self._folder, scan.counts, width=width, sizes=scan.sizes)
+        for batch in self._batches():
+            members, reasons = self._members(batch)
+            if self._content:
+                contents, bad = self._contents(batch)
+            else:
+                vectors, bad = self._vectors(batch)
+            reasons = {**bad, **reasons}
+            kept = np.array([i for i in range(len(members)) if i not in reasons], dtype=np.int64)
+            classes = np.array([numbers[self._name(members[i])] for i in kept], dtype=np.int64)
+            if self._content:
+                rows.add_contents(classes, [contents[i] or b"" for i in kept])
+            else:
+                rows.add_vectors(classes, vectors[kept])
+            named = [Problem(f"{batch.file.name}: row {batch.numbers[i]}", reasons[i]) for i in sorted(reasons)]
+            rows.add_problems([*batch.problems, *named])
+        return rows, rows.finish()
+
+    def _batches(self) -> Iterator[Batch]:
+        options = self._options
+        named = [options.label, options.group, self._content, *self._features]
+        return self._table.batches(list(dict.fromkeys(name for name in named if name is not None)))
+
+    def _name(self, member: tuple[str, str] | None) -> str:
+        assert member is not None
+        group, label = member
+        return label if self._options.group is None else f"{group}/{label}"
+
+    def _members(self, batch: Batch) -> _Members:
+        """(group, label) of each row, or None and what is wrong with it."""
+        labels, reasons = names_of(batch.table.column(self._options.label), what="label")
+        if self._options.group is None:
+            return _Members([None if label is None else ("all", label) for label in labels], reasons)
+        groups, others = names_of(batch.table.column(self._options.group), what="group")
+        both = [None if a is None or b is None else (a, b) for a, b in zip(groups, labels, strict=True)]
+        return _Members(both, {**others, **reasons})
+
+    def _contents(self, batch: Batch) -> tuple[list[bytes | None], dict[int, str]]:
+        """Texts or pictures of a batch, and what is wrong with rows that have none."""
+        assert self._content is not None
+        array = batch.table.column(self._content)
+        reasons: dict[int, str] = {}
+        if self._options.image is not None:
+            contents = _pictures(array, self._content)
+            reasons = {i: "has no picture" for i, content in enumerate(contents) if not content}
+            return contents, reasons
+        texts = scanning.texts_of(array)
+        encoded: list[bytes | None] = []
+        for i, text in enumerate(texts):
+            content = text.encode() if text is not None else b""
+            if text is None and array[i].is_valid:
+                reasons[i] = "its text is not UTF-8"
+            elif text is None or not text.strip():
+                reasons[i] = "has no text"
+            elif len(content) > MAX_TEXT_BYTES:
+                reasons[i] = f"its text is of {len(content):,} bytes; {MAX_TEXT_BYTES:,} are the most"
+            encoded.append(None if i in reasons else content)
+        return encoded, reasons
+
+    def _vectors(self, batch: Batch) -> tuple[np.ndarray, dict[int, str]]:
+        """float32 [rows, D] of a batch, and what is wrong with rows that are none."""
+        parts: list[np.ndarray] = []
+        reasons: dict[int, str] = {}
+        for name, scan in self._scan.scans.items():
+            array = batch.table.column(name)
+            columns = scan.columns()
+            if scan.width is not None:
+                found = scanning.vectors_of(array, scan.width)
+                what = f"column {name!r} holds no {scan.width} finite numbers"
+            elif columns[0].kind == "categorical":
+                codes = {category: float(code) for code, category in enumerate(columns[0].categories)}
+                values = np.array([codes.get(c, np.nan) if c else np.nan for c in scanning.categories_of(array)])
+                found, what = scanning.Numbers(values, np.zeros(len(values), dtype=bool)), ""
+            else:
+                found = scanning.numbers_of(array)
+                what = f"column {name!r} holds no finite number"
+            reasons |= {int(i): what for i in np.flatnonzero(found.odd) if int(i) not in reasons}
+            parts.append(found.values.reshape(len(array), len(columns)))
+        return np.concatenate(parts, axis=1).astype(np.float32), reasons
+
+
+class _Members(NamedTuple):
+    classes: list[tuple[str, str] | None]
+    reasons: dict[int, str]
+
+
+def _read(folder: Path, modality: Modality, preprocessing: Any, items: Sequence[Any]) -> tuple[Examples, list[Problem]]:
+    problems: list[Problem] = []
+    vectors: list[np.ndarray] = []
+    texts: list[str] = []
+    for item in items:
+        if isinstance(item, sorting.ProblemFile):
+            problems += sorting.read_problems(folder, item)
+        elif modality == "vector":
+            vectors.append(sorting.read_vectors(folder, item))
+        elif modality == "text":
+            texts += [content.decode() for content in sorting.read_contents(folder, item)]
+        else:
+            for number, content in enumerate(sorting.read_contents(folder, item), start=item.start):
+                try:
+                    picture = decode_picture(io.BytesIO(content), name=f"picture {number}")
+                    vectors.append(preprocessing(picture)[None])
+                except DataError as error:
+                    problems.append(Problem(f"picture {number}", str(error)))
+    if modality == "text":
+        return texts, problems
+    return (np.concatenate(vectors) if vectors else np.zeros((0, 1), np.float32)), problems
+
+
+def _features(options: TableOptions, names: list[str]) -> list[str]:
+    """The columns that make vectors; none where the examples are texts or pictures. Raises ConfigError."""
+    roles: dict[str, str] = {}
+    named = [("--label", options.label), ("--group", options.group), ("--text", options.text)]
+    named += [("--image", options.image)]
+    for flag in ("features", "leave_out", "numeric", "categorical"):
+        named += [(f"--{flag.replace('_', '-')}", name) for name in getattr(options, flag) or ()]
+    for flag, name in named:
+        if name is None:
+            continue
+        if name not in names:
+            known = ", ".join(names[:20]) + (", …" if len(names) > 20 else "")
+            raise ConfigError(f"{flag} {name}: there is no such column; there are: {known}.")
+        role = "--features" if flag in ("--numeric", "--categorical") else flag
+        if roles.setdefault(name, role) != role:
+            raise ConfigError(f"{flag} {name}: this column is {roles[name]} already. Give it one role.")
+    if options.text is not None and options.image is not None:
+        raise ConfigError("--text and --image: an example is one of them. Leave one out.")
+    if options.text is not None or options.image is not None:
+        return []
+    if options.features:
+        return list(dict.fromkeys(options.features))
+    return [name for name in names if roles.get(name, "--features") == "--features"]
+
+
+def _pictures(array: pa.Array, name: str) -> list[bytes | None]:
+    """The files in a column. Raises DataError: it holds something else."""
+    if pa.types.is_struct(array.type):
+        fields = [field.name for field in array.type]
+        if "bytes" not in fields:
+            raise DataError(f"column {name!r}: a struct without bytes ({', '.join(fields)}), so it holds no pictures.")
+        array = array.field("bytes")
+    if not scanning.is_binary(array.type):
+        raise DataError(f"column {name!r}: of type {array.type}. Pictures are bytes, or a struct of bytes and path.")
+    return array.to_pylist()
+
+
+def _remove(folder: Path, process: int) -> None:
+    if os.getpid() == process:  # and not a copy of it
+        shutil.rmtree(folder, ignore_errors=True)

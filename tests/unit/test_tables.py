@@ -1,0 +1,233 @@
+"""CSV and Parquet tables as sources: every row lands in its class, and what cannot is counted."""
+
+from __future__ import annotations
+
+import csv
+import io
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from pipeline.datasets import tables
+from pipeline.datasets.prepare import prepare
+from pipeline.datasets.sources import read_options
+from pipeline.errors import ConfigError, DataError
+from pipeline.tasks import shards
+
+
+def prepared(name: str, place: Path, out: Path, *, workers: int = 1, strict: bool = False, **options: Any) -> Any:
+    """The manifest, and the examples of each class."""
+    chosen = read_options(name, {"directory": place, **options})
+    source = chosen.open(seed=0)
+    manifest, _ = prepare(source, out, record=chosen.record(), workers=workers, strict=strict)
+    with shards.ShardReader(out, manifest) as reader:
+        examples = [reader.read_class(i) for i in range(len(manifest.classes))]
+    return manifest, dict(zip([entry.name for entry in manifest.classes], examples, strict=True))
+
+
+def write_csv(file: Path, rows: list[list[Any]]) -> Path:
+    with file.open("w", newline="", encoding="utf-8") as stream:
+        csv.writer(stream).writerows(rows)
+    return file
+
+
+def digits() -> tuple[np.ndarray, np.ndarray]:
+    from sklearn.datasets import load_digits
+
+    found = load_digits()
+    return found.data, found.target
+
+
+def test_scikit_learns_digits_by_way_of_csv(tmp_path: Path) -> None:
+    """All of them, class by class in the order of the file."""
+    pixels, labels = digits()
+    names = [*(f"pixel{i}" for i in range(64)), "digit"]
+    rows = np.column_stack([pixels.astype(int), labels])
+    file = write_csv(tmp_path / "digits.csv", [names, *rows.tolist()])
+    manifest, examples = prepared("csv", file, tmp_path / "out", label="digit")
+    assert [column.name for column in manifest.columns] == names[:-1]
+    assert not any(column.missing for column in manifest.columns)
+    assert sorted(examples) == [str(d) for d in range(10)]
+    for digit in range(10):
+        np.testing.assert_array_equal(examples[str(digit)], pixels[labels == digit].astype(np.float32))
+    assert manifest.source["label"] == "digit"
+
+
+@pytest.mark.parametrize("batch", [3, 1000])
+def test_parquet_is_as_csv_and_batches_do_not_matter(
+    tmp_path: Path, batch: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pixels, labels = (part[:60] for part in digits())
+    names = [f"pixel{i}" for i in range(64)]
+    table = pa.table({name: column for name, column in zip(names, pixels.T, strict=True)} | {"label": labels})
+    (tmp_path / "in").mkdir()
+    pq.write_table(table[:25], tmp_path / "in" / "a.parquet")
+    pq.write_table(table[25:], tmp_path / "in" / "b.parquet")
+    file = write_csv(tmp_path / "all.csv", [[*names, "label"], *np.column_stack([pixels, labels]).tolist()])
+    monkeypatch.setattr(tables.batches, "BATCH_ROWS", batch)
+    of_parquet, examples = prepared("parquet", tmp_path / "in", tmp_path / "parquet")
+    of_csv, others = prepared("csv", file, tmp_path / "csv")
+    assert {k: v.tolist() for k, v in examples.items()} == {k.removesuffix(".0"): v.tolist() for k, v in others.items()}
+    assert [c.sha256 for c in of_parquet.classes] == [c.sha256 for c in of_csv.classes]
+
+
+def test_kinds_of_columns_are_found_or_given(tmp_path: Path) -> None:
+    rows = [
+        ["label", "size", "colour", "zip", "mostly"],
+        ["a", "1.5", "red", "10115", "1"],
+        ["b", "", "blue", "20095", "2"],
+        ["a", " 2e3 ", "?", "10115", "3"],
+        ["b", "-.5", "red", "", "4"],
+    ]
+    file = write_csv(tmp_path / "t.csv", rows)
+    manifest, examples = prepared("csv", file, tmp_path / "out", categorical=["zip"], leave_out=["mostly"])
+    size, colour, code = manifest.columns
+    assert (size.kind, size.missing) == ("numeric", True)
+    assert (colour.kind, colour.categories) == ("categorical", ["blue", "red"])
+    assert (code.kind, code.categories) == ("categorical", ["10115", "20095"])
+    nan = np.nan
+    np.testing.assert_array_equal(examples["a"], np.float32([[1.5, 1, 0], [2000, nan, 0]]))
+    np.testing.assert_array_equal(examples["b"], np.float32([[nan, 0, 1], [-0.5, 1, nan]]))
+
+
+def test_bad_rows_are_counted_named_and_left_out(tmp_path: Path) -> None:
+    good = [["a", "1"], ["b", "2"], ["a", "3"]] * 10
+    file = tmp_path / "t.csv"
+    write_csv(file, [["label", "x"], *good, ["", "4"], ["NA", "5"], ["a", "1e99"], ["b", "large"], ["a" * 300, "6"]])
+    with file.open("ab") as stream:
+        stream.write(b"a,7,too,many\r\nb\xff,8\r\nb,9\r\n")
+    manifest, examples = prepared("csv", file, tmp_path / "out")
+    assert {name: len(found) for name, found in examples.items()} == {"a": 20, "b": 11}
+    assert examples["b"][-1] == 9
+    problems = manifest.source["problems"]
+    assert problems["count"] == 7
+    reasons = {item: reason for item, reason in problems["first"]}
+    assert reasons["t.csv: row 32"] == reasons["t.csv: row 33"] == "has no label"
+    assert reasons["t.csv: row 34"] == reasons["t.csv: row 35"] == "column 'x' holds no finite number"
+    assert reasons["t.csv: row 36"] == "its label is of 300 characters; 200 are the most"
+    assert reasons["t.csv: row 37"] == "has 4 cells and not 2"
+    assert reasons["t.csv: row 38"] == "its label is not UTF-8"
+    with pytest.raises(DataError, match="row 32"):
+        prepared("csv", file, tmp_path / "strict", strict=True)
+    assert not (tmp_path / "strict").exists()
+
+
+def test_texts_in_groups_are_read_by_other_processes_as_well(tmp_path: Path) -> None:
+    """A label in two groups is two classes; a text may hold what a cell may."""
+    rows = [[f'say "{i}", please\nnow', f"intent{i % 3}", f"domain{i % 4}"] for i in range(480)]
+    file = write_csv(tmp_path / "t.csv", [["sentence", "label", "domain"], *rows, ["", "intent0", "domain0"]])
+    given = {"text": "sentence", "group": "domain"}
+    manifest, examples = prepared("csv", file, tmp_path / "out", **given)
+    assert manifest.modality == "text"
+    assert len(examples) == 12
+    assert set(manifest.splits) == {"random", "group"}
+    assert examples["domain1/intent2"] == [row[0] for row in rows if row[1:] == ["intent2", "domain1"]]
+    assert manifest.source["problems"]["first"] == [["t.csv: row 482", "has no text"]]
+    again, _ = prepared("csv", file, tmp_path / "again", workers=2, **given)
+    assert again.digest == manifest.digest
+
+
+def picture(value: int) -> bytes:
+    stream = io.BytesIO()
+    Image.new("RGB", (20, 16), (value, 0, 255 - value)).save(stream, "PNG")
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize("struct", [False, True])
+def test_pictures_as_hubs_store_them(tmp_path: Path, struct: bool) -> None:
+    files = [picture(10 * i) for i in range(12)] + [b"no picture", None]
+    labels = [i % 2 for i in range(14)]
+    column = [None if f is None else {"bytes": f, "path": "a.png"} for f in files] if struct else files
+    pq.write_table(pa.table({"image": column, "label": labels}), tmp_path / "t.parquet")
+    manifest, examples = prepared("parquet", tmp_path / "t.parquet", tmp_path / "out", image="image", size=8)
+    assert manifest.shape == (8, 8, 3)
+    assert [len(found) for found in examples.values()] == [6, 6]
+    assert examples["1"][2].reshape(-1, 3)[0].tolist() == [50, 0, 205]
+    assert manifest.source["problems"]["count"] == 2
+
+
+def test_lists_of_numbers_are_columns(tmp_path: Path) -> None:
+    vectors = [[1.0, 2.0], [3.0, 4.0], [5.0], [6.0, float("inf")], None, [7.0, 8.0]]
+    table = pa.table({"v": pa.array(vectors, pa.list_(pa.float32())), "x": range(6), "label": list("ababab")})
+    pq.write_table(table, tmp_path / "t.parquet")
+    manifest, examples = prepared("parquet", tmp_path / "t.parquet", tmp_path / "out")
+    assert [column.name for column in manifest.columns] == ["v[0]", "v[1]", "x"]
+    assert [column.missing for column in manifest.columns] == [True, True, False]
+    np.testing.assert_array_equal(examples["a"], np.float32([[1, 2, 0], [np.nan, np.nan, 4]]))
+    np.testing.assert_array_equal(examples["b"], np.float32([[3, 4, 1], [7, 8, 5]]))
+    assert manifest.source["problems"]["count"] == 2
+
+
+CELL = st.text(st.characters(codec="utf-8", exclude_characters="\x00"), max_size=6)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.tuples(CELL, st.sampled_from(["a", "b", "", "nan"]), CELL), max_size=12))
+def test_no_row_is_lost_whatever_it_holds(tmp_path_factory: pytest.TempPathFactory, rows: list[Any]) -> None:
+    """Every row is an example or a problem."""
+    folder = tmp_path_factory.mktemp("table")
+    rows += [("1", "a", "x"), ("2", "b", "y")]
+    file = write_csv(folder / "t.csv", [["number", "label", "word"], *map(list, rows)])
+    manifest, examples = prepared("csv", file, folder / "out", numeric=["number"], categorical=["word"])
+    problems = manifest.source.get("problems", {"count": 0})["count"]
+    assert sum(len(found) for found in examples.values()) + problems == len(rows)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"label": "lable"}, "--label lable: there is no such column; there are: label, x, name"),
+        ({"text": "label"}, "--text label: this column is --label already"),
+        ({"text": "name", "image": "x"}, "an example is one of them"),
+        ({"label": "x"}, "30 different values in 30 rows. That is no label"),
+        ({"leave_out": ["x", "name"]}, "no column beside the label is left"),
+        ({"delimiter": "ab"}, "should be one character"),
+        ({"delimiter": ";"}, "--label label: there is no such column"),
+        ({}, "column 'name': more than 20 different texts.*--leave-out name"),
+    ],
+)
+def test_tables_that_are_misread_are_refused_before_anything_is_written(
+    tmp_path: Path, options: dict[str, Any], words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tables.scanning, "MAX_CATEGORIES", 20)
+    rows = [["ab"[i % 2], i, f"name{i}"] for i in range(30)]
+    file = write_csv(tmp_path / "t.csv", [["label", "x", "name"], *rows])
+    with pytest.raises((ConfigError, DataError), match=words):
+        prepared("csv", file, tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
+def test_files_that_are_no_tables_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "empty.csv").touch()
+    (tmp_path / "bad.parquet").write_bytes(b"PAR1 no more")
+    for name, file, words in (
+        ("csv", "empty.csv", "not a table that can be read"),
+        ("parquet", "bad.parquet", "not a Parquet file"),
+        ("csv", "none.csv", "no such file or folder"),
+        ("parquet", "", "not a Parquet file"),
+    ):
+        with pytest.raises(DataError, match=words):
+            prepared(name, tmp_path / file, tmp_path / "out")
+
+
+def test_a_copy_for_another_process_is_small_and_the_sorted_rows_go_with_the_table(tmp_path: Path) -> None:
+    rows = [["ab"[i % 2], i] for i in range(2000)]
+    file = write_csv(tmp_path / "t.csv", [["label", "x"], *rows])
+    source = read_options("csv", {"directory": file}).open(seed=0)
+    first, _ = source.classes()
+    items = list(first.items)
+    copy = pickle.dumps(source)
+    assert len(copy) < 1000
+    np.testing.assert_array_equal(pickle.loads(copy).read(items)[0], source.read(items)[0])
+    folder = source._folder
+    assert any(folder.iterdir())
+    del source
+    assert not folder.exists()
