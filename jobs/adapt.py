@@ -1,4 +1,4 @@
-"""`metapipe adapt`: adapt a registered model to your own classes and label your pictures."""
+"""`metapipe adapt`: adapt a registered model to your own classes and label your pictures, texts or rows."""
 
 from __future__ import annotations
 
@@ -21,8 +21,14 @@ class Normalization(StrEnum):
 
 def adapt(
     model: Model,
-    support: Annotated[Path, typer.Option(help="A folder per class with a few pictures each (PNG, JPEG, any size).")],
-    query: Annotated[Path, typer.Option(help="A folder of pictures to label (subfolders too), or one picture.")],
+    support: Annotated[
+        Path, typer.Option(help="Pictures: a folder per class with a few each. Texts or rows: a CSV file with labels.")
+    ],
+    query: Annotated[
+        Path, typer.Option(help="Pictures: a folder (subfolders too), or one. Rows: a CSV file. Texts: that, or lines.")
+    ],
+    label: Annotated[str, typer.Option(help="Column of the labels in a CSV file.")] = "label",
+    text: Annotated[str, typer.Option(help="Column of the texts in a CSV file, for a model of texts.")] = "text",
     adaptation_steps: Annotated[int | None, typer.Option(min=0, help="Default: as in evaluation.")] = None,
     normalization: Annotated[
         Normalization,
@@ -31,24 +37,44 @@ def adapt(
     out: Annotated[Path | None, typer.Option(help="Also write the JSON to this file.")] = None,
     json: console.Json = False,
 ) -> None:
-    """Show a model a few examples of your own classes; it labels your pictures with probabilities."""
+    """Show a model a few examples of your own classes; it labels your pictures, texts or rows with probabilities."""
     import json as json_format
 
     from pipeline import serving
     from pipeline.datasets.preprocessing import pictures_below
+    from pipeline.shown_files import read_queries, read_support
+    from pipeline.tasks.tables import TableEncoding
+    from pipeline.tasks.tokens import Tokens
 
-    files = pictures_below(query)
+    files: list[Path] = []
+    if query.suffix.lower() not in (".csv", ".txt"):
+        files = pictures_below(query)  # before a model is fetched
     learner = serving.load(model)
-    adapted = learner.adapt_folder(support, adaptation_steps=adaptation_steps)
-    probabilities = adapted.predict_pictures(files, normalization=normalization.value)
+    preprocessing = learner.card.preprocessing
+    if isinstance(preprocessing, Tokens | TableEncoding):
+        column = text if isinstance(preprocessing, Tokens) else None
+        examples = read_queries(query, text=column)
+        shown = read_support(support, label=label, text=column)
+        adapted = learner.adapt(shown.examples, shown.labels, adaptation_steps=adaptation_steps)
+        probabilities = adapted.predict(examples, normalization=normalization.value)
+        kind = "text" if column else "row"
+        names: list[dict[str, object]] = [
+            {kind: example if column else number} for number, example in enumerate(examples, start=1)
+        ]
+    else:
+        files = files or pictures_below(query)
+        adapted = learner.adapt_folder(support, adaptation_steps=adaptation_steps)
+        probabilities = adapted.predict_pictures(files, normalization=normalization.value)
+        kind = "picture"
+        names = [{"file": str(file)} for file in files]
     predictions = [
         {
-            "file": str(file),
+            **name,
             "label": adapted.labels[row.argmax()],
             "probability": round(float(row.max()), 6),
             "probabilities": {label: round(float(p), 6) for label, p in zip(adapted.labels, row, strict=True)},
         }
-        for file, row in zip(files, probabilities, strict=True)
+        for name, row in zip(names, probabilities, strict=True)
     ]
     result = {
         "model": model,
@@ -62,10 +88,11 @@ def adapt(
 
     def show() -> None:
         labels = [escape(str(label)) for label in adapted.labels]  # a folder's name may look like markup
-        table = Table("picture", "label", *labels, title=f"{escape(model)}, {normalization.value}")
+        table = Table(kind, "label", *labels, title=f"{escape(model)}, {normalization.value}")
         for prediction, row in zip(predictions, probabilities, strict=True):
             cells = (f"{p:.3f}" for p in row)
-            table.add_row(escape(str(prediction["file"])), f"[bold]{escape(prediction['label'])}[/]", *cells)
+            shown_as = escape(str(next(iter(prediction.values()))))
+            table.add_row(shown_as, f"[bold]{escape(prediction['label'])}[/]", *cells)
         console.out.print(table)
 
     console.emit(result, as_json=json, show=show)

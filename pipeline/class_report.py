@@ -28,6 +28,7 @@ from scipy import stats
 
 from pipeline import class_pictures
 from pipeline.errors import ConfigError
+from pipeline.tasks.classes import ClassTasks
 from pipeline.tasks.images import ImageTasks
 from pipeline.training.evaluate import MODES, Evaluation
 from pipeline.types import Normalization, TaskFamily
@@ -119,7 +120,7 @@ class ClassReport(NamedTuple):
         }
 
 
-def report(evaluation: Evaluation, family: ImageTasks, mode: Normalization) -> ClassReport:
+def report(evaluation: Evaluation, family: ClassTasks, mode: Normalization) -> ClassReport:
     """What the evaluation's predictions (see `evaluate`) say about its classes."""
     predictions = evaluation.predictions
     assert predictions is not None
@@ -181,15 +182,15 @@ def _number(value: float) -> float | None:
     return None if np.isnan(value) else float(value)
 
 
-def check(family: TaskFamily) -> ImageTasks:
+def check(family: TaskFamily) -> ClassTasks:
     """Raises ConfigError: these tasks have no classes to report on."""
-    if not isinstance(family, ImageTasks):
+    if not isinstance(family, ClassTasks):
         raise ConfigError("--report: is about classes, and these tasks have none. Leave it out.")
     return family
 
 
-def write(evaluation: Evaluation, family: ImageTasks, folder: Path, *, mode: Normalization) -> ClassReport:
-    """classes.json with both modes, and the pictures of `mode`: classes.png, confusions.png, groups.png."""
+def write(evaluation: Evaluation, family: ClassTasks, folder: Path, *, mode: Normalization) -> ClassReport:
+    """classes.json with both modes; pictures of `mode`: classes.png, groups.png, and confusions.png of images."""
     folder.mkdir(parents=True, exist_ok=True)
     reports = {each: report(evaluation, family, each) for each in MODES}
     content: dict[str, Any] = {
@@ -208,9 +209,10 @@ def write(evaluation: Evaluation, family: ImageTasks, folder: Path, *, mode: Nor
     number = {name: c for c, name in enumerate(ours.names)}
     shown = ours.pairs[:PAIRS_SHOWN]
     wanted = [number[name] for pair in shown for name in pair["classes"]]
-    images = family.examples(evaluation.split, wanted, EXAMPLES_SHOWN)
     class_pictures.hard_classes(ours, folder / "classes.png")
-    class_pictures.confusions(shown, images, folder / "confusions.png")
+    if isinstance(family, ImageTasks):
+        images = family.examples(evaluation.split, wanted, EXAMPLES_SHOWN)
+        class_pictures.confusions(shown, images, folder / "confusions.png")
     class_pictures.group_confusions(ours, folder / "groups.png")
     return ours
 

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -29,7 +29,10 @@ from pipeline.datasets.preprocessing import Preprocessing, open_picture, picture
 from pipeline.errors import DataError
 from pipeline.experiment import AlgorithmSection, Experiment, ModelSection
 from pipeline.runs import joined_state, split_state
+from pipeline.shown import Shown, shown
 from pipeline.tasks.objectives import OBJECTIVES
+from pipeline.tasks.tables import TableEncoding
+from pipeline.tasks.tokens import Tokens
 from pipeline.types import MetaState, Normalization
 
 MODEL_FILE, STATE_FILE = "model.json", "meta_params.safetensors"
@@ -47,7 +50,8 @@ class ModelCard(Section):
     num_outputs: int = Field(ge=1)  # classes an episode may have, or the dimension of the regression target
     dtype: Literal["float32", "float64"]
     normalization: Normalization  # in training; prediction says its own
-    preprocessing: Preprocessing | None  # of pictures; None where inputs are not pictures
+    preprocessing: Annotated[Preprocessing | Tokens | TableEncoding, Field(discriminator="kind")] | None
+    # of pictures, texts or rows of a table; None where inputs are arrays as they are
     n_way: int | None
     k_shot: int
     data_digest: str
@@ -131,19 +135,21 @@ class Learner:
 
     def adapt(
         self,
-        support_x: np.ndarray | Tensor,
+        support_x: Any,
         support_y: Sequence[Any] | np.ndarray | Tensor,
         *,
         adaptation_steps: int | None = None,
     ) -> AdaptedLearner:
         """Adapt to a support set: x [S, *input_shape] (images in 0…1) and y [S] labels of any kind, or [S, D] targets.
 
+        A model of texts takes S strings, one of tables S rows: an array [S, columns], a DataFrame or a list of dicts.
         adaptation_steps: by default as in evaluation. Fewer classes than in training leave the other outputs unused;
         more are for algorithms whose head is made for the episode (`any_way`). Classes may differ in examples.
 
         Raises DataError: wrong shapes or values, one class only, or more classes than the head has outputs.
         """
-        x = self.inputs(support_x, "support_x")
+        examples = shown(support_x, self.card.preprocessing, self.card.input_shape, self.dtype)
+        x = examples.support
         steps = self.algorithm.eval_steps if adaptation_steps is None else adaptation_steps
         if steps < 0:
             raise DataError(f"adaptation_steps: {steps} is negative; give 0 or more.")
@@ -152,7 +158,7 @@ class Learner:
         (adapted,) = self.algorithm.adaptation_path(
             self.state, x[None], y[None], steps=steps, inductive=True, num_classes=classes, last_only=True
         )
-        return AdaptedLearner(self, adapted, labels)
+        return AdaptedLearner(self, adapted, labels, examples)
 
     def adapt_folder(self, folder: str | Path, *, adaptation_steps: int | None = None) -> AdaptedLearner:
         """Adapt to pictures: a folder per class (FOLDER/CLASS/*.png), of any size. Raises DataError."""
@@ -165,25 +171,10 @@ class Learner:
 
     def pictures(self, files: Iterable[str | Path]) -> np.ndarray:
         """Picture files -> float [N, C, H, W] in 0…1, with size and polarity as in training. Raises DataError."""
-        if self.card.preprocessing is None:
-            raise DataError(f"{self.card.name}: was not trained on pictures; call adapt with arrays.")
+        if not isinstance(self.card.preprocessing, Preprocessing):
+            raise DataError(f"{self.card.name}: was not trained on pictures; call adapt with what it was trained on.")
         arrays = [self.card.preprocessing(open_picture(file)) for file in files]
         return np.stack(arrays).transpose(0, 3, 1, 2).astype(np.float32) / 255
-
-    def inputs(self, x: np.ndarray | Tensor, name: str) -> Tensor:
-        """x as a tensor of the model's type, checked. Raises DataError."""
-        tensor = torch.as_tensor(np.asarray(x)).to(self.dtype)
-        expected = list(self.card.input_shape)
-        if list(tensor.shape[1:]) != expected or len(tensor) == 0:
-            raise DataError(
-                f"{name}: expected an array [N, {', '.join(map(str, expected))}], got {list(tensor.shape)}."
-            )
-        if not tensor.isfinite().all():
-            raise DataError(f"{name}: holds NaN or infinite values.")
-        if self.card.preprocessing is not None and (tensor.min() < 0 or tensor.max() > 1):
-            low, high = float(tensor.min()), float(tensor.max())
-            raise DataError(f"{name}: values from {low:g} to {high:g}; pictures are expected in 0…1 (divide by 255).")
-        return tensor
 
     def _targets(self, y: Any, examples: int) -> tuple[list[Any], Tensor]:
         values = np.asarray(y)
@@ -209,20 +200,21 @@ class Learner:
 class AdaptedLearner:
     """A learner after its support set. `labels` names the columns of its probabilities (empty for regression)."""
 
-    def __init__(self, learner: Learner, adapted: Any, labels: list[Any]) -> None:
+    def __init__(self, learner: Learner, adapted: Any, labels: list[Any], examples: Shown) -> None:
         self.learner = learner
         self.labels = labels
+        self._examples = examples
         self._adapted = adapted
 
-    def predict(self, query_x: np.ndarray | Tensor, *, normalization: Normalization = "inductive") -> np.ndarray:
-        """[Q, *input_shape] -> class probabilities [Q, classes], or predicted values [Q, D].
+    def predict(self, query_x: Any, *, normalization: Normalization = "inductive") -> np.ndarray:
+        """[Q, *input_shape], Q texts or Q rows -> class probabilities [Q, classes], or predicted values [Q, D].
 
         normalization: inductive (a query's answer does not depend on the other queries) or transductive.
         Raises DataError: wrong shape, or an unknown normalization.
         """
         if normalization not in ("inductive", "transductive"):
             raise DataError(f"normalization: {normalization!r}; choose inductive or transductive.")
-        x = self.learner.inputs(query_x, "query_x")
+        x = self._examples.query(query_x)
         with torch.no_grad():
             outputs = self.learner.algorithm.predict(self._adapted, x.unsqueeze(0), normalization)[0]
             used = outputs[:, : len(self.labels)] if self.labels else outputs

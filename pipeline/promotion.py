@@ -86,7 +86,7 @@ def decide(
 
 
 def _not_comparable(candidate: ModelCard, champion: ModelCard) -> str | None:
-    for name in ("data_digest", "n_way", "k_shot", "objective", "input_shape"):
+    for name in ("data_digest", "n_way", "k_shot", "objective", "input_shape", "preprocessing"):
         ours, theirs = getattr(candidate, name), getattr(champion, name)
         if ours != theirs:
             return f"{name} is {theirs} there and {ours} here"

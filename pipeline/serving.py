@@ -15,6 +15,8 @@ from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema, Tens
 
 from pipeline.errors import UserError
 from pipeline.learner import Learner, ModelCard
+from pipeline.tasks.tables import TableEncoding
+from pipeline.tasks.tokens import Tokens
 
 ARTIFACT = "learner"  # the learner's folder among the MLflow model's artifacts
 DEFAULT_STEPS = -1  # as in evaluation
@@ -65,17 +67,23 @@ class PyfuncLearner(PythonModel):
 
 
 def signature(card: ModelCard) -> ModelSignature:
-    """The named tensors and parameters of a card's pyfunc."""
+    """The named tensors and parameters of a card's pyfunc.
+
+    Texts are strings. Rows of a table are numbers in the order of the card's columns: NaN where a value is missing, and
+    for a category its place among the column's categories, from 0 on.
+    """
     number = np.dtype(card.dtype)
     if card.objective == "classification":
         targets = TensorSpec(np.dtype(np.int64), (-1,), "support_y")
     else:
         targets = TensorSpec(number, (-1, card.num_outputs), "support_y")
-    inputs: list[ColSpec | TensorSpec] = [
-        TensorSpec(number, (-1, *card.input_shape), "support_x"),
-        targets,
-        TensorSpec(number, (-1, *card.input_shape), "query_x"),
-    ]
+    if isinstance(card.preprocessing, Tokens):
+        one: tuple[np.dtype, tuple[int, ...]] = np.dtype(str), (-1,)
+    elif isinstance(card.preprocessing, TableEncoding):
+        one = number, (-1, len(card.preprocessing.columns))
+    else:
+        one = number, (-1, *card.input_shape)
+    inputs: list[ColSpec | TensorSpec] = [TensorSpec(*one, "support_x"), targets, TensorSpec(*one, "query_x")]
     params = [
         ParamSpec("adaptation_steps", DataType.long, DEFAULT_STEPS),
         ParamSpec("normalization", DataType.string, "inductive"),

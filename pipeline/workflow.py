@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from pipeline import baselines as unlearned
 from pipeline import (
     class_report,
     evaluation_task,
@@ -27,7 +28,6 @@ from pipeline import (
     storage,
 )
 from pipeline import experiment as experiments
-from pipeline.baselines import nearest_neighbour
 from pipeline.credentials import without_credentials
 from pipeline.errors import ConfigError, DataError, TrackingError
 from pipeline.evaluation_task import Part
@@ -38,6 +38,8 @@ from pipeline.storage import Location
 from pipeline.tasks.classes import ClassTasks
 from pipeline.tasks.images import ImageTasks
 from pipeline.tasks.mixture import MixtureTasks
+from pipeline.tasks.tables import TableEncoding
+from pipeline.tasks.tabular import TabularTasks
 from pipeline.tracking import RunLog, Tracker
 from pipeline.training import journal
 from pipeline.training.evaluate import (
@@ -263,6 +265,7 @@ def evaluate_run(exp: Experiment, run: RunFolder, parts: Components, log: RunLog
             slots = parts.family.alike("meta_val", torch.arange(4))[0]
             batch = parts.family.sample("meta_val", 0, slots, seed=SELECTION_SEED)
             pictures.episodes(batch, folder / "episodes.png")
+        if isinstance(parts.family, ClassTasks):
             classes = class_report.write(test, parts.family, folder, mode=exp.evaluation.selection_mode)
         further = _curves(exp, parts, state, folder)
         storage.copy_folder(folder, run.evaluation)
@@ -447,10 +450,12 @@ def _prepared(learner: Learner, exp: Experiment, task: Any, part: Split, *, repo
             f"--n-way {ways}: {learner.card.name} was trained for {learner.card.num_outputs}-way tasks, and its head "
             "has that many outputs. Give fewer, or train with a larger task.n_way."
         )
+    if isinstance(family, TabularTasks) and isinstance(learner.card.preprocessing, TableEncoding):
+        family.use(learner.card.preprocessing)
     if list(family.input_shape) != learner.card.input_shape:
         raise ConfigError(
-            f"{task.data}: its images are {list(family.input_shape)}, {learner.card.name} takes "
-            f"{learner.card.input_shape}. Prepare the data set with that --size."
+            f"{task.data}: its {family.inputs} are {list(family.input_shape)}, {learner.card.name} takes "
+            f"{learner.card.input_shape}. Prepare the data set as the one it was trained on (--size, the same columns)."
         )
     if isinstance(family, ClassTasks) and part != "meta_train":
         _check_unseen(learner, family, part)
@@ -471,6 +476,8 @@ def _evaluated(
     exp, task, part, digest, family = prepared
     device = launch.default_device()
     family = family or task.build(device=device, dtype=learner.dtype)
+    if isinstance(family, TabularTasks) and isinstance(learner.card.preprocessing, TableEncoding):
+        family.use(learner.card.preprocessing)
     chunk = experiments.task_chunk(exp, Components(family, learner.model, learner.algorithm), device)
 
     def run(state: MetaState, *, keep_predictions: bool = False) -> Evaluation:
@@ -496,7 +503,7 @@ def _evaluated(
         untrained = run(learner.algorithm.init(exp.seed)).final_scores(promotion.MODE)
         others = {"same network, untrained, adapted": untrained}
         if learner.card.objective == "classification":
-            others["nearest neighbour on pixels"] = nearest_neighbour(family, split=part, seed=seed, episodes=episodes)
+            others |= unlearned.scores(family, split=part, seed=seed, episodes=episodes)
         sign = 1 if family.objective.higher_is_better else -1
         comparisons = [Comparison(n, Estimate.of(s), paired(sign * ours, sign * s)) for n, s in others.items()]
     own = digest == learner.card.data_digest

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from pipeline.datasets.source import Column
 from pipeline.tasks import shards
 from pipeline.types import SPLITS, Split
 from tests.servers import mlflow_server, postgres, s3
@@ -101,6 +102,44 @@ def tiny_data_set(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pat
 def tiny_data(tiny_data_set: Callable[..., Path]) -> Path:
     """16 classes of 8 images, 12×12×1. Shared: do not change it."""
     return tiny_data_set()
+
+
+@pytest.fixture(scope="session")
+def tiny_sets(tiny_data: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A small data set for each family of classes, of the same 16 classes of 8 examples. Shared: do not change them.
+
+    text: sentences of a class's own words among those of all. tabular: two columns of numbers, of which the second
+    misses some, and one of categories, around values of each class.
+    """
+    names = [entry.name for entry in shards.read_manifest(tiny_data).classes]
+    parts: dict[str, Split] = {name: SPLITS[i % len(SPLITS)] for i, name in enumerate(names)}
+    columns = [
+        Column(name="length"),
+        Column(name="width", missing=True),
+        Column(name="colour", kind="categorical", categories=["blue", "green", "red"]),
+    ]
+
+    def sentences() -> Iterator[shards.ClassExamples]:
+        for i, name in enumerate(names):
+            random = np.random.default_rng(i)
+            own = ["".join(random.choice(list("abcdefgh"), 5)) for _ in range(3)]
+            texts = [" ".join(random.permutation([*random.choice(own, 3), "please", "the", "now"])) for _ in range(8)]
+            yield shards.ClassExamples(name, name.split("/")[0], texts)
+
+    def rows() -> Iterator[shards.ClassExamples]:
+        for i, name in enumerate(names):
+            random = np.random.default_rng(i)
+            numbers = random.normal(size=2) * [30, 0.1] + random.normal(size=(8, 2)) * [3, 0.01]
+            numbers[i % 8, 1] = np.nan
+            colours = np.where(random.random(8) < 0.8, i % 3, random.integers(0, 3, 8))
+            features = np.column_stack([numbers, colours]).astype(np.float32)
+            yield shards.ClassExamples(name, name.split("/")[0], features)
+
+    folder = tmp_path_factory.mktemp("sets")
+    how: dict[str, Any] = {"splits": {"random": parts}, "source": {"name": "tiny"}, "preprocessing": {}}
+    shards.write(folder / "text", sentences(), modality="text", **how)
+    shards.write(folder / "tabular", rows(), modality="vector", columns=columns, **how)
+    return {"images": tiny_data, "text": folder / "text", "tabular": folder / "tabular"}
 
 
 @pytest.fixture(scope="session")

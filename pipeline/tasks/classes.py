@@ -32,6 +32,8 @@ from pipeline.tasks.shapes import (
 )
 from pipeline.types import SPLITS, Inputs, Split, TaskBatch
 
+FAMILY_OF = {"image": "images", "encoded_image": "images", "vector": "tabular", "text": "text"}
+
 
 class ClassTasksConfig(Section):
     """Keys of every family of N-way K-shot classification."""
@@ -127,11 +129,12 @@ class Store(Protocol):
 class ClassTasks(OneShape):
     """Task family: the label of an example is its class's position in the episode.
 
-    A subclass sets `inputs` and `input_shape`, and in `_place_examples` `prefetch`, where its examples do not lie on
-    the device: episodes are then drawn on the CPU, which reads them.
+    A subclass sets `modalities`, `inputs` and `input_shape`, and in `_place_examples` `prefetch`, where its examples do
+    not lie on the device: episodes are then drawn on the CPU, which reads them.
     """
 
     objective = Classification()
+    modalities: tuple[str, ...]  # of its data sets
     inputs: Inputs
     input_shape: tuple[int, ...]
     prefetch = False
@@ -142,6 +145,11 @@ class ClassTasks(OneShape):
         self.device = device
         self.dtype = dtype
         self.manifest = shards.read_manifest(config.data)
+        if self.manifest.modality not in self.modalities:
+            raise DataError(
+                f"{config.data}: holds examples of modality {self.manifest.modality}; task.family: {config.family} is "
+                f"of {' and '.join(self.modalities)}. Choose {FAMILY_OF[self.manifest.modality]}."
+            )
         self.num_outputs: int = config.n_way
         self.description: dict[str, Any] = {
             "family": config.family,

@@ -50,6 +50,7 @@ class ImagesConfig(ClassTasksConfig):
 class ImageTasks(ClassTasks):
     """Task family: x are images [C, H, W] in 0…1."""
 
+    modalities = ("image", "encoded_image")
     inputs: Inputs = "images"
     config: ImagesConfig
 

@@ -26,11 +26,13 @@ from pipeline.errors import ConfigError
 from pipeline.tasks.images import ImagesConfig
 from pipeline.tasks.regression import RegressionConfig
 from pipeline.tasks.sinusoid import SinusoidConfig
+from pipeline.tasks.tabular import TabularTasksConfig
+from pipeline.tasks.text import TextTasksConfig
 from pipeline.types import SPLITS, Inputs, Split, TaskBatch, TaskFamily
 
 _SETS = 0x73657473  # no small number: those are slots
 
-ONE_SET = (ImagesConfig, SinusoidConfig, RegressionConfig)
+ONE_SET = (ImagesConfig, TabularTasksConfig, TextTasksConfig, SinusoidConfig, RegressionConfig)
 """The families of one data set, or of one procedure: what a mixture may be of."""
 
 if TYPE_CHECKING:

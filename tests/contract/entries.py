@@ -35,6 +35,19 @@ PROBLEMS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "conv4 pure": (IMAGES, CONV4, "pure"),
     "conv4 closed": (IMAGES, CONV4, "closed"),
 }
+# a text and a table, which every algorithm must take or refuse: see test_modalities.py
+OTHER_MODALITIES: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    "text": (
+        {"family": "text", "split": "random", "n_query": 3, "eval_n_query": 3, "tokens": {"max_tokens": 24}},
+        {"name": "text", "buckets": 64, "embedding": 8},
+        "auto",
+    ),
+    "tabular": (
+        {"family": "tabular", "split": "random", "n_query": 3, "eval_n_query": 3},
+        {"name": "mlp", "hidden": [16]},
+        "auto",
+    ),
+}
 CLASSIFICATION = ("images", "module by vmap", "conv4")
 ANY_TASK = (*CLASSIFICATION, "sinusoid")  # the other batching and kernels are one algorithm's, MAML's, to try
 
@@ -174,9 +187,10 @@ def _parameter(name: str, variant: dict[str, Any], problem: str) -> Any:
 class Case:
     """An algorithm on a problem, with what many tests start from. Only read."""
 
-    def __init__(self, name: str, variant: dict[str, Any], problem: str, data: Path) -> None:
+    def __init__(self, name: str, variant: dict[str, Any], problem: str, data: Path | dict[str, Path]) -> None:
         self.name, self.entry = name, _entry(name)
-        self._variant, self._problem, self._data = variant, problem, data
+        self._variant, self._problem = variant, problem
+        self._places = data if isinstance(data, dict) else {"images": data}
         self.experiment = self.with_keys()
         self.parts = build(self.experiment)
         self.algorithm = self.parts.algorithm
@@ -190,10 +204,10 @@ class Case:
 
     def with_keys(self, *, training: dict[str, Any] | None = None, runs: Path | None = None, **keys: Any) -> Experiment:
         """The case's experiment with other keys of its algorithm and its training."""
-        task, model, kernel = PROBLEMS[self._problem]
+        task, model, kernel = (PROBLEMS | OTHER_MODALITIES)[self._problem]
         content = {
             "name": "contract",
-            "task": {**task, "data": str(self._data)} if task["family"] == "images" else task,
+            "task": {**task, "data": str(self._places[task["family"]])} if task["family"] in self._places else task,
             "model": model,
             "algorithm": {"name": self.name, **self.entry.required, **self._variant, **keys},
             "training": {
@@ -230,7 +244,7 @@ def card(case: Case) -> ModelCard:
         objective=family.objective.name,
         input_shape=family.input_shape,
         num_outputs=family.num_outputs,
-        preprocessing=None,
+        preprocessing=getattr(family, "preprocessing", None) if family.inputs != "images" else None,
         data_digest="x",
         checkpoint={},
     )

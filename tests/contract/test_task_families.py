@@ -14,6 +14,7 @@ from pipeline.errors import DataError
 from pipeline.tasks import TASK_FAMILIES
 from pipeline.types import SPLITS, TaskBatch, TaskFamily
 
+SMALL = {"n_way": 4, "k_shot": 2, "n_query": 3, "eval_n_query": 4}
 CASES: dict[str, dict[str, dict[str, Any]]] = {
     "images": {
         "in-memory": {"n_way": 4, "k_shot": 2, "n_query": 3, "eval_n_query": 4},
@@ -60,6 +61,23 @@ CASES: dict[str, dict[str, dict[str, Any]]] = {
         "step": {"function": "step", "test_ranges": {"level": [3, 5]}},
     },
     "sinusoid": {"default": {"k_shot": 6, "n_query": 7}},
+    "tabular": {
+        "in-memory": SMALL,
+        "memory-mapped": {**SMALL, "memory_limit_mb": 0},
+        "by-training": {**SMALL, "normalize": "training"},
+        "variable": {"n_way": 5, "n_query": 3, "eval_n_query": 4, "variable": {"least_n_way": 2, "evaluation": True}},
+    },
+    "text": {
+        "in-memory": {**SMALL, "tokens": {"max_tokens": 24}},
+        "memory-mapped": {**SMALL, "tokens": {"max_tokens": 24}, "memory_limit_mb": 0},
+        "variable-mapped": {
+            "n_way": 5,
+            "n_query": 3,
+            "eval_n_query": 4,
+            "variable": {"least_n_way": 3, "most_support": 9},
+            "memory_limit_mb": 0,
+        },
+    },
 }
 
 
@@ -67,17 +85,25 @@ def names() -> list[str]:
     return [config.model_fields["family"].annotation.__args__[0] for config in TASK_FAMILIES]
 
 
-def build(name: str, options: dict[str, Any], data: Path, dtype: torch.dtype = torch.float32) -> TaskFamily:
+def build(
+    name: str, options: dict[str, Any], data: Path | dict[str, Path], dtype: torch.dtype = torch.float32
+) -> TaskFamily:
     config = next(c for c in TASK_FAMILIES if c.model_fields["family"].annotation.__args__[0] == name)
-    content = {"family": name, **options, **({"data": data, "split": "random"} if name == "images" else {})}
-    for part in content.get("sets", []):
-        part["task"] |= {"data": data, "split": "random"} if part["task"]["family"] == "images" else {}
+    places = data if isinstance(data, dict) else {"images": data}
+
+    def placed(task: dict[str, Any]) -> dict[str, Any]:
+        family = task["family"]
+        return {**task, "data": places[family], "split": "random"} if family in places else task
+
+    content = placed({"family": name, **options})
+    if "sets" in content:
+        content["sets"] = [{**part, "task": placed(part["task"])} for part in content["sets"]]
     return validate(config, content, source="contract").build(device=torch.device("cpu"), dtype=dtype)
 
 
 @pytest.fixture(params=[pytest.param((n, o), id=f"{n}-{case}") for n in CASES for case, o in CASES[n].items()])
-def family(request: pytest.FixtureRequest, tiny_data: Path) -> TaskFamily:
-    return build(*request.param, tiny_data)
+def family(request: pytest.FixtureRequest, tiny_sets: dict[str, Path]) -> TaskFamily:
+    return build(*request.param, tiny_sets)
 
 
 def equal(a: TaskBatch, b: TaskBatch) -> bool:
@@ -96,7 +122,7 @@ def test_shapes_and_types(family: TaskFamily, split: Any) -> None:
         assert x.shape[0] == tasks
         assert x.shape[2:] == family.input_shape
         assert y.shape[:2] == x.shape[:2]
-        assert x.dtype == torch.float32
+        assert x.dtype == (torch.int64 if family.inputs == "tokens" else torch.float32)
         assert bool(x.isfinite().all())
     assert batch.keys is not None
     assert batch.keys.dtype == torch.int64

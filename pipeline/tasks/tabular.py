@@ -1,0 +1,112 @@
+"""Classification episodes from the rows of a table, or from vectors (features of a pretrained encoder), in shards.
+
+Shapes: T tasks · S support · Q query examples · D columns · F inputs of the network.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from pipeline.errors import DataError
+from pipeline.tasks import shards
+from pipeline.tasks.classes import ClassTasks, ClassTasksConfig, Store
+from pipeline.tasks.rows import DeviceRows, MappedRows
+from pipeline.tasks.sampler import EpisodeIndices
+from pipeline.tasks.shapes import UnequalEpisodes
+from pipeline.tasks.tables import Normalize, TableEncoding
+from pipeline.types import Inputs, Split
+
+ROWS_PER_CLASS = 256  # first ones of each class of meta-training, which its statistics are of
+
+
+class TabularTasksConfig(ClassTasksConfig):
+    """N-way K-shot classification of rows."""
+
+    family: Literal["tabular"]
+    split: str = "random"  # which of the data set's class splits
+    normalize: Normalize = "support"
+    # numeric columns, by the mean and deviation of the task's support set, or of meta-training; or not at all
+    prior_examples: float = Field(default=1.0, ge=0)
+    # normalize: support draws its statistics towards meta-training's, as if so many rows of it were in the support set
+
+    def build(self, *, device: torch.device, dtype: torch.dtype) -> TabularTasks:
+        return TabularTasks(self, device=device, dtype=dtype)
+
+
+class TabularTasks(ClassTasks):
+    """Task family: x are normalized numbers, masks of missing values and categories, [F]."""
+
+    inputs: Inputs = "vectors"
+    modalities = ("vector",)
+    config: TabularTasksConfig
+
+    def __init__(self, config: TabularTasksConfig, *, device: torch.device, dtype: torch.dtype) -> None:
+        super().__init__(config, device=device, dtype=dtype)
+        store = MappedRows if self.prefetch else DeviceRows
+        self._rows: Store = store(config.data, self.manifest, np.asarray, device)
+        self.encoding = self._encoding()
+        self.input_shape = (self.encoding.width,)
+
+    def _place_examples(self) -> None:
+        total = self.manifest.num_examples * 4 * len(self.manifest.columns)
+        self.prefetch = total > self.config.memory_limit_mb << 20
+
+    @property
+    def preprocessing(self) -> dict[str, Any]:
+        return self.encoding.model_dump(mode="json")
+
+    def _encoding(self) -> TableEncoding:
+        """With the statistics of meta-training, over the first rows of each of its classes."""
+        numeric = [i for i, column in enumerate(self.manifest.columns) if column.kind == "numeric"]
+        number, mean, spread = np.zeros((3, len(numeric)))
+        with shards.ShardReader(self.config.data, self.manifest) as reader:
+            for class_id in self._members["meta_train"].tolist():
+                count = min(self.manifest.classes[class_id].count, ROWS_PER_CLASS)
+                rows = np.asarray(reader.read_class(class_id, np.arange(count)), dtype=np.float64)[:, numeric]
+                there = ~np.isnan(rows)
+                more = there.sum(axis=0)
+                own = np.where(there, rows, 0).sum(axis=0) / np.maximum(more, 1)
+                share = more / np.maximum(number + more, 1)
+                apart = own - mean
+                spread += np.square(np.where(there, rows - own, 0)).sum(axis=0) + apart**2 * number * share
+                mean += apart * share
+                number += more
+        return TableEncoding(
+            columns=self.manifest.columns,
+            normalize=self.config.normalize,
+            prior_examples=self.config.prior_examples,
+            mean=mean.tolist(),
+            variance=(spread / np.maximum(number, 1)).tolist(),
+        )
+
+    def use(self, encoding: TableEncoding) -> None:
+        """Make inputs as a model was trained on, from another data set perhaps. Raises DataError: other columns."""
+        for ours, theirs in itertools.zip_longest(self.manifest.columns, encoding.columns):
+            if ours is None or theirs is None or ours.model_copy(update={"missing": theirs.missing}) != theirs:
+                what = "no column" if ours is None else f"column {ours.name!r} ({ours.kind})"
+                wanted = "none" if theirs is None else f"{theirs.name!r} ({theirs.kind})"
+                raise DataError(
+                    f"{self.config.data}: has {what} where the model was trained on {wanted}, or other categories in "
+                    "it. Prepare the data set with the same columns."
+                )
+        self.encoding = encoding
+        self.input_shape = (encoding.width,)
+
+    def _inputs(self, split: Split, indices: EpisodeIndices | UnequalEpisodes) -> tuple[Tensor, Tensor]:
+        support, query = self._raw(split, indices)
+        scale = self.encoding.scale(support)
+        return self.encoding(support, scale), self.encoding(query, scale)
+
+    def rows(self, split: Split, step: int, slots: Tensor, *, seed: int) -> tuple[Tensor, Tensor]:
+        """The episodes' rows as they are stored, of fixed shapes: support [T, S, D] and query [T, Q, D]."""
+        return self._raw(split, self._indices(split, step, slots, seed=seed))
+
+    def _raw(self, split: Split, indices: EpisodeIndices | UnequalEpisodes) -> tuple[Tensor, Tensor]:
+        support, query = self._gathered(self._rows, split, indices)
+        return support.to(self.dtype), query.to(self.dtype)

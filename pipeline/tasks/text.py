@@ -1,0 +1,84 @@
+"""Text classification episodes from Parquet shards: sentences, cut into hashed tokens.
+
+A data set whose token numbers fit into memory is cut once, when the family is built; of a larger one each episode's
+sentences are read and cut when they are drawn, one step ahead.
+
+Shapes: T tasks · S support · Q query examples · L max_tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.tasks import shards
+from pipeline.tasks.classes import ClassTasks, ClassTasksConfig, Store
+from pipeline.tasks.rows import DeviceRows, MappedRows
+from pipeline.tasks.sampler import EpisodeIndices
+from pipeline.tasks.shapes import UnequalEpisodes
+from pipeline.tasks.tokens import Tokens
+from pipeline.types import Inputs, Split
+
+NUMBER_BYTES = 4  # of a token number in memory
+
+
+class TextTasksConfig(ClassTasksConfig):
+    """N-way K-shot classification of texts."""
+
+    family: Literal["text"]
+    split: str = "random"  # which of the data set's class splits
+    tokens: Tokens = Tokens()  # what a text is cut into
+
+    def build(self, *, device: torch.device, dtype: torch.dtype) -> TextTasks:
+        return TextTasks(self, device=device, dtype=dtype)
+
+
+class TextTasks(ClassTasks):
+    """Task family: x are token numbers, int64 [L]; 0 where a text has no more of them."""
+
+    inputs: Inputs = "tokens"
+    modalities = ("text",)
+    config: TextTasksConfig
+
+    def __init__(self, config: TextTasksConfig, *, device: torch.device, dtype: torch.dtype) -> None:
+        super().__init__(config, device=device, dtype=dtype)
+        self.input_shape = (config.tokens.max_tokens,)
+        store = MappedRows if self.prefetch else DeviceRows
+        self._rows: Store = store(config.data, self.manifest, self._numbers, device)
+
+    def _place_examples(self) -> None:
+        total = self.manifest.num_examples * self.config.tokens.max_tokens * NUMBER_BYTES
+        self.prefetch = total > self.config.memory_limit_mb << 20
+
+    @property
+    def preprocessing(self) -> dict[str, Any]:
+        return self.config.tokens.model_dump(mode="json")
+
+    def _numbers(self, texts: list[str]) -> np.ndarray:
+        return self.config.tokens(texts).astype(np.int32)
+
+    def texts(self, split: Split) -> Iterator[Tensor]:
+        """The token numbers [L] of each text of a part."""
+        for class_id, count in zip(self._members[split], self._counts[split].tolist(), strict=True):
+            rows = torch.arange(count, device=class_id.device).view(1, 1, -1)
+            yield from self._rows.gather(class_id.view(1, 1), rows)[0, 0]
+
+    def sentences(self, split: Split, step: int, slots: Tensor, *, seed: int) -> list[tuple[list[str], list[str]]]:
+        """The episodes' texts as they are stored, of fixed shapes: S of support and Q of query for each task."""
+        indices = self._indices(split, step, slots, seed=seed)
+        classes = self._members[split][indices.classes].tolist()
+        with shards.ShardReader(self.config.data, self.manifest) as reader:
+
+            def of_task(classes: list[int], rows: list[list[int]]) -> list[str]:
+                return [str(text) for c, r in zip(classes, rows, strict=True) for text in reader.read_class(c, r)]
+
+            rows = zip(classes, indices.support.tolist(), indices.query.tolist(), strict=True)
+            return [(of_task(c, support), of_task(c, query)) for c, support, query in rows]
+
+    def _inputs(self, split: Split, indices: EpisodeIndices | UnequalEpisodes) -> tuple[Tensor, Tensor]:
+        support, query = self._gathered(self._rows, split, indices)
+        return support.long(), query.long()
