@@ -37,6 +37,12 @@ class DataError(UserError):
     """A data set, shard or image that is missing, damaged or too small for the task."""
 
 
+class Unfinished(UserError):
+    """Work ended early; the same command goes on from where it was."""
+
+    exit_code = 3
+
+
 class TrackingError(UserError):
     """An MLflow server, run or registered model that cannot be reached or found."""
 

@@ -3,18 +3,26 @@
 Classes are listed here and read in chunks by other processes, a few chunks ahead; what they read is written in order,
 so the bytes do not depend on how many processes there are. In memory are these chunks and a row group, however large
 the raw data.
+
+What was read stays in a hidden folder beside the place of the data set until that is whole. A command that was
+interrupted or killed goes on from there when it is run again, if its options are the same and the raw data is: what was
+read before must be the same items again, and files of the same size and time.
 """
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import json
+import shutil
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from pipeline.datasets.near_duplicates import NearDuplicate, alike, mean_image
-from pipeline.datasets.reading import Chunk, ClassPart, read_chunks
+from pipeline.datasets.reading import Chunk, ClassPart, mark_of, read_chunks
 from pipeline.datasets.source import Examples, Problem, RawClass, Source
 from pipeline.errors import DataError
 from pipeline.storage import Location
@@ -57,35 +65,105 @@ def prepare(
 
     Raises DataError (see shards.write), and with `strict` one that names the first items that could not be read.
     """
-    with shards.staged(out, overwrite=overwrite) as place:  # before minutes of reading
-        splits = source.splits(seed=seed)
-        preprocessing = source.preprocessing.model_dump(mode="json") if source.preprocessing is not None else {}
-        writer = shards.ShardWriter(
-            place.folder,
-            splits=splits,
-            modality=source.modality,
-            shape=source.shape,
-            columns=source.columns,
-            min_examples=min_examples,
-        )
-        findings = _Findings()
-        for part, examples, problems in read_chunks(source, chunks(source.classes()), workers=workers):
-            if part.first:
-                writer.begin(part.name, part.group)
-                findings.begin(part)
-            writer.add(examples)
-            findings.add(part, examples, problems)
-            if part.last:
-                findings.end(part, count=writer.end(), min_examples=min_examples)
-            progress(findings.progress)
+    shards.check_free(out, overwrite=overwrite)  # before minutes of reading
+    splits = source.splits(seed=seed)
+    key = _key(source, record, seed, min_examples)
+    with shards.staged(out, overwrite=overwrite, key=key) as place:
+        preparation = _Preparation(source, splits, place.folder, min_examples)
+        try:
+            preparation.run(workers, progress)
+        except shards.SpoolError:  # damaged, or the raw data has changed: from the start
+            preparation.forget()
+            preparation = _Preparation(source, splits, place.folder, min_examples)
+            preparation.run(workers, progress)
+        findings = preparation.findings
         if strict:
             findings.refuse()
         look_alikes = findings.near_duplicates(splits)
         about = {
             "source": {**record, "split_seed": seed, **findings.described(look_alikes)},
-            "preprocessing": preprocessing,
+            "preprocessing": _preprocessing(source),
         }
-        return place.publish(writer, about), look_alikes
+        content = preparation.writer.close()
+        preparation.spool.discard()
+        return place.publish(content, about), look_alikes
+
+
+class _Preparation:
+    """What a source gives, written to a folder; goes on from what an interrupted one left there."""
+
+    def __init__(
+        self, source: Source, splits: Mapping[str, Mapping[str, Split]], folder: Path, min_examples: int
+    ) -> None:
+        self._source = source
+        self._folder = folder
+        self._min_examples = min_examples
+        self.findings = _Findings()
+        self._whole = shards.whole_shards(folder)
+        self.spool = shards.Spool(folder, source.modality)
+        self.writer = shards.ShardWriter(
+            folder,
+            splits=splits,
+            modality=source.modality,
+            shape=source.shape,
+            columns=source.columns,
+            min_examples=min_examples,
+            whole=len(self._whole),
+        )
+
+    def run(self, workers: int | None, progress: Callable[[Progress], None]) -> None:
+        """Raises SpoolError: what was left there is damaged or of other raw data; nothing of it can be used."""
+        listed = chunks(self._source.classes())
+        for record, parts in zip(
+            self.spool.records, self.spool.replay(self._whole, min_examples=self._min_examples), strict=True
+        ):
+            chunk = next(listed, None)
+            if chunk is None or mark_of(chunk) != record.mark:
+                raise shards.SpoolError("the raw data has changed")
+            for part, rows, examples, found in zip(chunk, record.rows, parts, record.problems, strict=True):
+                self._take(part, examples, rows, [Problem(*problem) for problem in found])
+            progress(self.findings.progress)
+        for chunk, read in read_chunks(self._source, listed, workers=workers):
+            for part, (examples, problems) in zip(chunk, read, strict=True):
+                self._take(part, examples, len(examples), problems)
+            ends = [part.last for part in chunk]
+            self.spool.add(mark_of(chunk), ends, read, in_shards=self.writer.in_shards)
+            progress(self.findings.progress)
+
+    def _take(self, part: ClassPart, examples: Examples | None, rows: int, problems: list[Problem]) -> None:
+        if part.first:
+            self.writer.begin(part.name, part.group)
+            self.findings.begin(part)
+        if examples is not None and len(examples):
+            self.writer.add(examples)
+        self.findings.add(part, examples, rows, problems)
+        if part.last:
+            self.findings.end(part, count=self.writer.end(), min_examples=self._min_examples)
+
+    def forget(self) -> None:
+        """Remove what was left."""
+        self.spool.discard()
+        shutil.rmtree(self._folder / "shards", ignore_errors=True)
+
+
+def _preprocessing(source: Source) -> dict[str, Any]:
+    return source.preprocessing.model_dump(mode="json") if source.preprocessing is not None else {}
+
+
+def _key(source: Source, record: Mapping[str, Any], seed: int, min_examples: int) -> str:
+    """Tells preparations apart that would not give the same, as far as options go."""
+    options = {
+        "source": type(source).__name__,
+        "modality": source.modality,
+        "shape": source.shape,
+        "columns": [column.model_dump(mode="json") for column in source.columns],
+        "preprocessing": _preprocessing(source),
+        "record": dict(record),
+        "seed": seed,
+        "min_examples": min_examples,
+        "chunk": CHUNK_ITEMS,
+    }
+    return hashlib.sha256(json.dumps(options, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
 def chunks(classes: Iterator[RawClass]) -> Iterator[Chunk]:
@@ -124,9 +202,10 @@ class _Findings:
         self._first: list[np.ndarray] = []  # of the class
         self._in_class = self._problems_in_class = 0
 
-    def add(self, part: ClassPart, examples: Examples, problems: list[Problem]) -> None:
-        self._examples += len(examples)
-        self._in_class += len(examples)
+    def add(self, part: ClassPart, examples: Examples | None, rows: int, problems: list[Problem]) -> None:
+        """examples: of `rows`; None where they are of a class that was left out before."""
+        self._examples += rows
+        self._in_class += rows
         self._num_problems += len(problems)
         self._problems_in_class += len(problems)
         self._problems += problems[: REPORTED_PROBLEMS - len(self._problems)]

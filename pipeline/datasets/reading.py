@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
+import json
 import os
 import signal
 import threading
@@ -12,10 +14,11 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context, parent_process
 from multiprocessing.connection import wait
+from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
 from pipeline.datasets.source import Examples, Problem, Source
-from pipeline.errors import DataError
+from pipeline.errors import DataError, Unfinished
 
 AHEAD = 3  # chunks per process that are being read or wait to be written
 
@@ -34,25 +37,43 @@ Chunk: TypeAlias = list[ClassPart]
 Read: TypeAlias = list[tuple[Examples, list[Problem]]]  # of each part of a chunk
 
 
+def mark_of(chunk: Chunk) -> str:
+    """Tells whether a chunk is what it was: its classes, its items as they print, and their files' sizes and times."""
+
+    def described(item: Any) -> str:
+        if isinstance(item, Path):
+            if item not in files:
+                try:
+                    status = item.stat()
+                    files[item] = f"{item.absolute()} {status.st_size} {status.st_mtime_ns}"
+                except OSError:
+                    files[item] = f"{item.absolute()} unreadable"
+            return files[item]
+        return f"({', '.join(map(described, item))})" if isinstance(item, tuple) else repr(item)
+
+    files: dict[Path, str] = {}
+    content = [[*part[:2], [described(item) for item in part.items], part.first, part.last] for part in chunk]
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
 def read_chunk(source: Source, chunk: Chunk) -> Read:
     return [source.read(part.items) for part in chunk]
 
 
-def read_chunks(
-    source: Source, chunks: Iterator[Chunk], *, workers: int | None = None
-) -> Iterator[tuple[ClassPart, Examples, list[Problem]]]:
-    """Every part of the chunks with its examples and problems, in order.
+def read_chunks(source: Source, chunks: Iterator[Chunk], *, workers: int | None = None) -> Iterator[tuple[Chunk, Read]]:
+    """Every chunk with what was read of its parts, in order.
 
     workers: processes; None: one per CPU; 1: this one. What one or two chunks hold is read here, since processes take
-    seconds to start. Raises DataError: what `source.read` raises, or a process was killed.
+    seconds to start. Raises DataError: what `source.read` raises. Unfinished: a process was killed.
     """
     count = workers if workers is not None else len(os.sched_getaffinity(0))
     if count < 1:
         raise DataError(f"workers {count}: at least one process must read.")
     ahead = list(itertools.islice(chunks, 3))
+    chunks = itertools.chain(ahead, chunks)
     if count == 1 or len(ahead) < 3:
-        for chunk in _chained(ahead, chunks):
-            yield from _parts(chunk, read_chunk(source, chunk))
+        for chunk in chunks:
+            yield chunk, read_chunk(source, chunk)
         return
     # not fork, since this process may have threads; a forkserver imports what the source needs once for all
     context = get_context("forkserver")
@@ -60,35 +81,23 @@ def read_chunks(
     pool = ProcessPoolExecutor(count, mp_context=context, initializer=_start, initargs=(source,))
     waiting: deque[tuple[Chunk, Future[Read]]] = deque()
     try:
-        for chunk in _chained(ahead, chunks):
+        for chunk in chunks:
             waiting.append((chunk, pool.submit(_read, chunk)))
             if len(waiting) >= count * AHEAD:
-                yield from _finished(*waiting.popleft())
+                yield _finished(*waiting.popleft())
         while waiting:
-            yield from _finished(*waiting.popleft())
+            yield _finished(*waiting.popleft())
+    except BrokenProcessPool as error:
+        raise Unfinished(
+            "a process that reads was killed, mostly because there was not enough memory. Run the same command again "
+            "to go on, with fewer --workers."
+        ) from error
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _chained(ahead: list[Chunk], chunks: Iterator[Chunk]) -> Iterator[Chunk]:
-    yield from ahead
-    yield from chunks
-
-
-def _finished(chunk: Chunk, future: Future[Read]) -> Iterator[tuple[ClassPart, Examples, list[Problem]]]:
-    try:
-        read = future.result()
-    except BrokenProcessPool as error:
-        raise DataError(
-            f"a process that reads was killed, at class {chunk[0].name} or near it; mostly because there was not "
-            "enough memory. Use fewer --workers."
-        ) from error
-    yield from _parts(chunk, read)
-
-
-def _parts(chunk: Chunk, read: Read) -> Iterator[tuple[ClassPart, Examples, list[Problem]]]:
-    for part, (examples, problems) in zip(chunk, read, strict=True):
-        yield part, examples, problems
+def _finished(chunk: Chunk, future: Future[Read]) -> tuple[Chunk, Read]:
+    return chunk, future.result()
 
 
 _source: Source | None = None  # of this process, which reads

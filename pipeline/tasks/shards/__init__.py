@@ -27,8 +27,9 @@ from pipeline.tasks.shards.manifest import (
     read_manifest,
 )
 from pipeline.tasks.shards.reader import ShardReader
+from pipeline.tasks.shards.spool import Spool, SpoolError
 from pipeline.tasks.shards.verify import verify
-from pipeline.tasks.shards.writer import ClassExamples, ShardWriter, check_free, staged, write
+from pipeline.tasks.shards.writer import ClassExamples, ShardWriter, check_free, staged, whole_shards, write
 
 __all__ = [
     "EVERY_CLASS",
@@ -40,9 +41,12 @@ __all__ = [
     "ShardEntry",
     "ShardReader",
     "ShardWriter",
+    "Spool",
+    "SpoolError",
     "check_free",
     "read_manifest",
     "staged",
     "verify",
+    "whole_shards",
     "write",
 ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import glob
+import hashlib
 import json
 import os
 import shutil
@@ -19,8 +20,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.datasets.source import Column, Examples, Modality
-from pipeline.errors import DataError
-from pipeline.files import sync
+from pipeline.errors import DataError, Unfinished, UserError
+from pipeline.files import sync, write_atomically
 from pipeline.storage import Location, ObjectPath, copy_folder, location
 from pipeline.tasks.shards.digests import file_sha256
 from pipeline.tasks.shards.examples import (
@@ -73,14 +74,6 @@ def write(
     shape, or a class without a place in a split.
     """
 
-    def fill(writer: ShardWriter) -> dict[str, Any]:
-        for name, group, examples in classes:
-            writer.begin(name, group)
-            writer.add(examples)
-            if not writer.end():
-                raise DataError(f"class {name}: has no examples.")
-        return {"source": dict(source), "preprocessing": dict(preprocessing)}
-
     with staged(out, overwrite=overwrite) as place:
         writer = ShardWriter(
             place.folder,
@@ -91,7 +84,12 @@ def write(
             row_group_bytes=row_group_bytes,
             shard_bytes=shard_bytes,
         )
-        return place.publish(writer, fill(writer))
+        for name, group, examples in classes:
+            writer.begin(name, group)
+            writer.add(examples)
+            if not writer.end():
+                raise DataError(f"class {name}: has no examples.")
+        return place.publish(writer.close(), {"source": dict(source), "preprocessing": dict(preprocessing)})
 
 
 def check_free(out: str | Location, *, overwrite: bool) -> None:
@@ -114,9 +112,11 @@ class Staging(NamedTuple):
     folder: Path
     out: Location
 
-    def publish(self, writer: ShardWriter, about: Mapping[str, Any]) -> Manifest:
-        """End the writer, add the manifest and put the data set in its place. about: source and preprocessing."""
-        content = writer.close()
+    def publish(self, content: Mapping[str, Any], about: Mapping[str, Any]) -> Manifest:
+        """Add the manifest and put the data set in its place.
+
+        content: what `ShardWriter.close` gave. about: source and preprocessing.
+        """
         manifest = Manifest.model_validate({**content, **about, "digest": "0" * 64})
         manifest = manifest.model_copy(update={"digest": manifest.compute_digest()})
         (self.folder / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
@@ -128,39 +128,69 @@ class Staging(NamedTuple):
             except OSError as error:
                 raise DataError(f"{self.out}: cannot be written ({error}). Choose another --out.") from error
         else:
-            for file in [*writer.files, self.folder / MANIFEST]:
-                sync(file)
+            sync(self.folder / MANIFEST)
             _replace_folder(self.folder, self.out)
         return manifest
 
 
 @contextlib.contextmanager
-def staged(out: str | Location, *, overwrite: bool) -> Iterator[Staging]:
-    """A new folder beside `out` to write a data set in; it goes if the block fails.
+def staged(out: str | Location, *, overwrite: bool, key: str | None = None) -> Iterator[Staging]:
+    """A folder beside `out` to write a data set in.
 
-    For an object store it lies on this machine, and is copied when it is published, its manifest last.
+    It goes if the block fails. With a `key` it stays if the block is interrupted or killed, and whoever comes with the
+    same key gets it as it was left; a UserError other than Unfinished removes it. For an object store it lies on this
+    machine (with a key: in the user's cache), and is copied when it is published, the manifest last.
 
-    Raises DataError: something is at `out` already (and not `overwrite`), or it cannot be written.
+    Raises DataError: something is at `out` already (and not `overwrite`), it cannot be written, or another process has
+    the folder of this key.
     """
     out = location(out).absolute()
     check_free(out, overwrite=overwrite)
-    if isinstance(out, ObjectPath):
+    if isinstance(out, ObjectPath) and key is None:
         with tempfile.TemporaryDirectory() as scratch:
             yield Staging(Path(scratch), out)
         return
+    beside = out if isinstance(out, Path) else _cache_of(out)
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(out)
-        folder, lock = _new_folder(out)
+        beside.parent.mkdir(parents=True, exist_ok=True)
+        kept = beside.parent / f".{beside.name}.partial-{key}" if key else None
+        _sweep(beside, but=kept)
+        folder, lock = _new_folder(beside) if kept is None else _locked(kept)
     except OSError as error:
         raise DataError(f"{out}: cannot be written ({error.strerror}). Choose another --out.") from error
     try:
         yield Staging(folder, out)
-    except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
+    except BaseException as error:
+        if key is None or (isinstance(error, UserError) and not isinstance(error, Unfinished)):
+            shutil.rmtree(folder, ignore_errors=True)
         raise
+    else:
+        if isinstance(out, ObjectPath):
+            shutil.rmtree(folder, ignore_errors=True)
     finally:
         os.close(lock)
+
+
+def _cache_of(out: ObjectPath) -> Path:
+    """Where on this machine a data set for an object store is made."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return cache / "metapipe" / "prepare" / hashlib.sha256(str(out).encode()).hexdigest()[:16] / out.name
+
+
+def _locked(folder: Path) -> tuple[Path, int]:
+    """A folder of its own name, and its lock. Raises DataError: another process has it."""
+    folder.mkdir(exist_ok=True)
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(lock)
+        raise DataError(
+            f"{folder}: another process is preparing the same data set. Wait until it ends, or end it first."
+        ) from None
+    except OSError:  # a file system without locks
+        pass
+    return folder, lock
 
 
 def _new_folder(out: Path) -> tuple[Path, int]:
@@ -174,9 +204,11 @@ def _new_folder(out: Path) -> tuple[Path, int]:
     return unlocked.rename(folder), lock  # locked before it has the name that others sweep
 
 
-def _sweep(out: Path) -> None:
+def _sweep(out: Path, *, but: Path | None = None) -> None:
     """Remove what killed writers of `out` left beside it; the lock of one at work cannot be taken."""
     for left in out.parent.glob(f"{glob.escape(f'.{out.name}.partial-')}*"):
+        if left == but:
+            continue
         with contextlib.suppress(OSError):
             lock = os.open(left, os.O_RDONLY)
             try:
@@ -204,11 +236,14 @@ class ShardWriter:
         min_examples: int = 1,
         row_group_bytes: int = ROW_GROUP_BYTES,
         shard_bytes: int = SHARD_BYTES,
+        whole: int = 0,
     ) -> None:
-        """min_examples: a class with fewer is left out."""
+        """min_examples: a class with fewer is left out. whole: shards that the same examples gave before, and stay."""
         self.files: list[Path] = []
+        self.in_shards = 0  # examples that whole shards hold
         self._folder = folder / "shards"
-        self._folder.mkdir()
+        self._folder.mkdir(exist_ok=True)
+        self._whole = whole
         self._splits = splits
         self._modality = modality
         self._shape = tuple(shape) if shape is not None else (() if modality == "text" else None)
@@ -217,7 +252,7 @@ class ShardWriter:
         self._row_group_bytes = row_group_bytes
         self._shard_bytes = shard_bytes
         self._writer: pq.ParquetWriter | None = None
-        self._written = self._groups_in_shard = 0  # bytes and row groups of the shard that is open
+        self._written = self._groups_in_shard = self._rows = 0  # of the shard that is open: bytes, row groups, examples
         self._entries: list[dict[str, Any]] = []
         self._names: set[str] = set()
         self._name = self._group = ""  # of the class that is open
@@ -275,9 +310,9 @@ class ShardWriter:
 
         Raises DataError: there was no class.
         """
-        if self._writer is None:
+        if not self.files:
             raise DataError("the source has no classes; nothing was written.")
-        self._writer.close()
+        self._end_shard()
         if self._shape is None:
             raise DataError(f"the shape of {self._modality} examples was not given.")
         columns = list(self._columns)
@@ -291,10 +326,13 @@ class ShardWriter:
             "columns": columns,
             "classes": self._entries,
             "splits": list(self._splits),
-            "shards": [
-                {"file": f"shards/{f.name}", "bytes": f.stat().st_size, "sha256": file_sha256(f)} for f in self.files
-            ],
+            "shards": [self._shard(file) for file in self.files],
         }
+
+    def _shard(self, file: Path) -> dict[str, Any]:
+        sha256 = _digest_of(file).read_text()
+        _digest_of(file).unlink()
+        return {"file": f"shards/{file.name}", "bytes": file.stat().st_size, "sha256": sha256}
 
     @property
     def _fixed_shape(self) -> tuple[int, ...] | None:
@@ -325,19 +363,53 @@ class ShardWriter:
     def _write_row_group(self, examples: Examples) -> None:
         size = int(lengths(examples).sum())
         schema = _schema(self._modality, self._shape or ())
-        if self._writer is None or (self._written and self._written + size > self._shard_bytes):
-            if self._writer is not None:
-                self._writer.close()
+        if not self.files or (self._written and self._written + size > self._shard_bytes):
+            if self.files:
+                self._end_shard()
             self.files.append(self._folder / f"{len(self.files):05d}.parquet")
-            self._writer = _open_writer(self.files[-1], schema)
-            self._written = self._groups_in_shard = 0
-        table = _table(schema, self._modality, len(self._entries), self._name, self._group, examples)
-        self._writer.write_table(table, row_group_size=len(examples))
+            if len(self.files) > self._whole:
+                self._writer = _open_writer(_unfinished(self.files[-1]), schema)
+            self._written = self._groups_in_shard = self._rows = 0
+        if self._writer is not None:
+            table = _table(schema, self._modality, len(self._entries), self._name, self._group, examples)
+            self._writer.write_table(table, row_group_size=len(examples))
         self._row_groups.append(
             {"shard": len(self.files) - 1, "row_group": self._groups_in_shard, "rows": len(examples)}
         )
         self._groups_in_shard += 1
         self._written += size
+        self._rows += len(examples)
+
+    def _end_shard(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+            sync(_unfinished(self.files[-1]))
+            write_atomically(_digest_of(self.files[-1]), file_sha256(_unfinished(self.files[-1])))
+            _unfinished(self.files[-1]).rename(self.files[-1])
+        self.in_shards += self._rows
+
+
+def whole_shards(folder: Path) -> list[Path]:
+    """The shards of a data set in the making that are whole, in order. What comes after a damaged one is removed."""
+    found: list[Path] = []
+    for number, file in enumerate(sorted((folder / "shards").glob("*.parquet"))):
+        expected = _digest_of(file).read_text() if _digest_of(file).is_file() else ""
+        if len(found) == number and file.name == f"{number:05d}.parquet" and file_sha256(file) == expected:
+            found.append(file)
+        else:
+            file.unlink()
+    return found
+
+
+def _digest_of(file: Path) -> Path:
+    """Holds a shard's sha256 until the manifest does."""
+    return file.with_suffix(".sha256")
+
+
+def _unfinished(file: Path) -> Path:
+    """The name of a shard as long as it has no footer."""
+    return file.with_suffix(".open")
 
 
 def _schema(modality: Modality, shape: tuple[int, ...]) -> pa.Schema:
