@@ -60,8 +60,8 @@ def prepare(
 
     record: how the data was made, for the manifest. seed: of the class splits. strict: refuse what could not be read;
     else it is left out and recorded in the manifest's source, under `problems`, and classes that are left with fewer
-    than `min_examples` under `left_out`. workers: processes that read; None: one per CPU. progress: told after every
-    chunk.
+    than `min_examples` under `left_out`. workers: processes that read; None: one per CPU. progress: told of every
+    class, and of every chunk of a large one.
 
     Raises DataError (see shards.write), and with `strict` one that names the first items that could not be read.
     """
@@ -121,16 +121,18 @@ class _Preparation:
             if chunk is None or mark_of(chunk) != record.mark:
                 raise shards.SpoolError("the raw data has changed")
             for part, rows, examples, found in zip(chunk, record.rows, parts, record.problems, strict=True):
-                self._take(part, examples, rows, [Problem(*problem) for problem in found])
-            progress(self.findings.progress)
+                progress(self._take(part, examples, rows, [Problem(*problem) for problem in found]))
         for chunk, read in read_chunks(self._source, listed, workers=workers):
-            for part, (examples, problems) in zip(chunk, read, strict=True):
+            done = [
                 self._take(part, examples, len(examples), problems)
+                for part, (examples, problems) in zip(chunk, read, strict=True)
+            ]
             ends = [part.last for part in chunk]
             self.spool.add(mark_of(chunk), ends, read, in_shards=self.writer.in_shards)
-            progress(self.findings.progress)
+            for each in done:  # once it is safe
+                progress(each)
 
-    def _take(self, part: ClassPart, examples: Examples | None, rows: int, problems: list[Problem]) -> None:
+    def _take(self, part: ClassPart, examples: Examples | None, rows: int, problems: list[Problem]) -> Progress:
         if part.first:
             self.writer.begin(part.name, part.group)
             self.findings.begin(part)
@@ -139,6 +141,7 @@ class _Preparation:
         self.findings.add(part, examples, rows, problems)
         if part.last:
             self.findings.end(part, count=self.writer.end(), min_examples=self._min_examples)
+        return self.findings.progress
 
     def forget(self) -> None:
         """Remove what was left."""
