@@ -27,6 +27,7 @@ OBJECT_SECONDS = 5.0  # an object store is written less often: each time is a re
 CLOCK_METRICS = (
     "tasks_per_second",
     "step_seconds",
+    "data_seconds",
     "all_reduce_seconds",
     "compute_seconds_mean",
     "compute_seconds_max",

@@ -59,7 +59,7 @@ def train(context: Context, experiment: Experiment, run: RunFolder) -> None:
             if journal:
                 run.checkpoints.save(state, data_digest=run.read()["data_digest"])
             context.report({"step": 0, **metrics})
-        for batch in _training_batches(context, experiment, parts, state):
+        for batch in _training_batches(context, experiment, parts, state, clock):
             queued.append(_queue_outer_step(context, experiment, parts, state, batch, clock, late=steps_late > 0))
             validating = state.step % experiment.training.validate_every == 0 or state.step == total
             stop, not_finite = False, ""
@@ -172,11 +172,12 @@ def _note_start(context: Context, experiment: Experiment, state: TrainState, run
 
 
 def _training_batches(
-    context: Context, experiment: Experiment, parts: Components, state: TrainState
+    context: Context, experiment: Experiment, parts: Components, state: TrainState, clock: _Clock
 ) -> Iterator[TaskBatch]:
     """This rank's share of every outer step's meta-batch; drawn one step ahead where drawing waits for a disk.
 
-    Takes the next step after `state.step`, which whoever asks for the batches counts up.
+    Takes the next step after `state.step`, which whoever asks for the batches counts up. Tells the clock how long each
+    one was waited for.
     """
     slots = slots_of_rank(context, experiment.training.meta_batch_size)
     on_device = slots.to(context.device)
@@ -195,12 +196,17 @@ def _training_batches(
     steps = range(state.step, experiment.training.steps)
     if not parts.family.prefetch:
         for step in steps:
-            yield draw(step, weights(step))
+            asked = time.perf_counter()
+            batch = draw(step, weights(step))
+            clock.data_seconds = time.perf_counter() - asked
+            yield batch
         return
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch") as pool:
         ahead = pool.submit(draw, state.step, weights(state.step))
         for step in steps:
+            asked = time.perf_counter()
             batch = ahead.result()
+            clock.data_seconds = time.perf_counter() - asked
             if step + 1 in steps:
                 ahead = pool.submit(draw, step + 1, weights(step + 1))
             yield batch
@@ -212,6 +218,7 @@ class _Clock:
 
     finished: float = 0.0  # host seconds when the last one's numbers were there
     compute_seconds: float = 0.0  # that this rank took for the last one it knows of
+    data_seconds: float = 0.0  # that this rank waited for the episodes it has now
 
 
 class _QueuedStep(NamedTuple):
@@ -220,6 +227,7 @@ class _QueuedStep(NamedTuple):
     number: int  # outer steps completed with it
     chunk: int | None  # tasks at once that were asked for
     lr: float
+    data_seconds: float  # that this rank waited for its episodes
     gradient: QueuedGradient
     metric_names: list[str]
     numbers: Fetched  # finite, the metrics, the gradient's norm, then what the ranks told
@@ -277,7 +285,9 @@ def _queue_outer_step(
     state.step += 1
     first = torch.stack([gradient.finite.to(norm.dtype), *gradient.metrics.values(), norm])
     numbers = Fetched(torch.cat([first, gradient.told]))
-    return _QueuedStep(state.step, state.plan.chunk, lr, gradient, list(gradient.metrics), numbers, started)
+    return _QueuedStep(
+        state.step, state.plan.chunk, lr, clock.data_seconds, gradient, list(gradient.metrics), numbers, started
+    )
 
 
 def _finish_outer_step(
@@ -304,6 +314,7 @@ def _finish_outer_step(
     metrics["tasks_per_second"] = experiment.training.meta_batch_size / seconds
     metrics["skipped_steps"] = state.skipped
     metrics["step_seconds"] = seconds
+    metrics["data_seconds"] = step.data_seconds
     metrics["all_reduce_seconds"] = seconds_between(step.gradient.computed, step.gradient.reduced)
     metrics["compute_seconds_mean"] = sum(told.compute_seconds) / len(told.compute_seconds)
     metrics["compute_seconds_max"] = max(told.compute_seconds)
