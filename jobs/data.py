@@ -49,12 +49,12 @@ def show(
 
     from pipeline import pictures
     from pipeline.config import validate
-    from pipeline.storage import location
+    from pipeline.storage import readable
     from pipeline.tasks import shards
     from pipeline.tasks.images import ImagesConfig
 
     manifest = shards.read_manifest(folder)
-    file = out or Path(f"{location(folder).absolute().name}-episodes.png")
+    file = out or Path(f"{readable(folder).absolute().name}-episodes.png")
     content = {
         "family": "images",
         "data": folder,

@@ -121,13 +121,13 @@ def check_stores(experiment: Experiment) -> None:
     except ConfigError as error:
         raise ConfigError(f"{error} {ONLY_THERE}") from error
     for key, place in _data(experiment).items():
-        data = storage.location(place)
-        if not isinstance(data, storage.ObjectPath):
+        data = storage.readable(place)
+        if isinstance(data, Path):
             continue
         try:
             missing = not (data / MANIFEST).exists()
         except OSError as error:
-            raise ConfigError(f"{key}={data}: the store does not answer ({error}). {ONLY_THERE}") from error
+            raise ConfigError(f"{key}={data}: it cannot be asked ({error}). {ONLY_THERE}") from error
         if missing:
             raise ConfigError(f"{key}={data}: no such data set (it has no {MANIFEST}). {ONLY_THERE}")
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pipeline.config import Section
 from pipeline.errors import DataError
-from pipeline.storage import Address, absolute
+from pipeline.storage import ReadAddress, absolute
 from pipeline.tasks import shards
 from pipeline.tasks.ahead import StepsAhead
 from pipeline.tasks.difficulty import ClassDifficulty, DifficultyConfig
@@ -38,7 +38,7 @@ FAMILY_OF = {"image": "images", "encoded_image": "images", "vector": "tabular", 
 class ClassTasksConfig(Section):
     """Keys of every family of N-way K-shot classification."""
 
-    data: Address  # folder of a prepared data set, relative to where the command is run, or s3://…, gs://…
+    data: ReadAddress  # folder of a prepared data set, relative to where the command is run; or s3://, gs://, https://
     split: str = "alphabet"  # which of the data set's class splits
     n_way: int = Field(default=5, ge=2)  # classes of an episode
     eval_n_way: int | None = Field(default=None, ge=2)  # in validation and test; None: as in meta-training
@@ -230,7 +230,6 @@ class ClassTasks(OneShape):
             step=step,
             slots=slots.to(self._drawn_on),
             class_counts=self._counts[split].repeat(self._copies(split)),
-            smallest=self._sizes[split][0],
             largest=self._sizes[split][1],
             shape=shape,
             imbalance=self.config.variable.imbalance,

@@ -2,7 +2,8 @@
 
 Small data sets live on the device as one uint8 tensor. Larger ones are gathered on the CPU and sampled one step ahead
 by the training loop: from memory-mapped shards; or, with `window` and from an object store or a web server, from whole
-classes that are read into a bounded cache, those of the next window while the current one is used.
+classes that are read into a bounded cache, those of the next window while the current one is used. Picture files
+(modality encoded_image) are decoded when they are read, and kept decoded on this machine's disk.
 
 Shapes: T tasks · W n_way · S support · Q query examples · C H W of one image.
 """
@@ -10,6 +11,7 @@ Shapes: T tasks · W n_way · S support · Q query examples · C H W of one imag
 from __future__ import annotations
 
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
@@ -19,11 +21,14 @@ from pydantic import Field
 from torch import Tensor
 
 from pipeline.errors import DataError
-from pipeline.storage import location
+from pipeline.storage import absolute, readable
 from pipeline.tasks import shards
 from pipeline.tasks.augmentation import AugmentationConfig
 from pipeline.tasks.cached_images import CachedImages
+from pipeline.tasks.class_cache import READERS
+from pipeline.tasks.class_images import ClassImages
 from pipeline.tasks.classes import ClassTasks, ClassTasksConfig
+from pipeline.tasks.decoded_cache import DecodedCache, default_folder
 from pipeline.tasks.sampler import EpisodeIndices
 from pipeline.tasks.shapes import UnequalEpisodes
 from pipeline.tasks.windows import WindowConfig, Windows
@@ -40,11 +45,28 @@ class ImagesConfig(ClassTasksConfig):
     window: WindowConfig | None = None
     # {classes: N, steps: M}: M outer steps draw from N classes, the next M from others. For sets larger than memory
     cache_mb: int = Field(default=1024, ge=1)
-    # of whole classes in memory, per worker: with `window`, or where a set larger than memory_limit_mb is not on disk
+    # of whole classes in memory, per worker: with `window`, or where a set larger than memory_limit_mb is not mapped
+    decoded_cache: str | None = None
+    # folder on each machine for decoded picture files; None: metapipe/decoded in the user's cache folder
+    decoded_cache_mb: int = Field(default=20_000, ge=0)  # of files in it, oldest first out; 0: none are kept
     augmentation: AugmentationConfig | None = None  # random changes of meta-training's images; None: none
 
     def build(self, *, device: torch.device, dtype: torch.dtype) -> ImageTasks:
         return ImageTasks(self, device=device, dtype=dtype)
+
+    def absolute(self) -> ImagesConfig:
+        """With absolute paths: workers run in another folder."""
+        kept = self.decoded_cache and absolute(self.decoded_cache)
+        return super().absolute().model_copy(update={"decoded_cache": kept})
+
+    def verify(self) -> str:
+        """See `ClassTasksConfig.verify`. With a window a class is checked when it is read: here the sizes are."""
+        if self.window is None:
+            return super().verify()
+        manifest = shards.verify(self.data, sizes_only=True)
+        for split in SPLITS:
+            self.check_size(manifest, split)
+        return manifest.digest
 
 
 class ImageTasks(ClassTasks):
@@ -90,14 +112,21 @@ class ImageTasks(ClassTasks):
             )
 
     def _store(self) -> ImageStore:
-        config = self.config
-        if not self.prefetch:
-            return DeviceImages(config.data, self.manifest, self.device)
-        if self._windows is None and isinstance(location(config.data), Path):
+        config, encoded = self.config, self.manifest.modality == "encoded_image"
+        if not self.prefetch and not encoded:
+            return DeviceImages.of_shards(config.data, self.manifest, self.device)
+        if self.prefetch and not encoded and self._windows is None and isinstance(readable(config.data), Path):
             return MappedImages(config.data, self.manifest, self.device)
-        images = CachedImages(config.data, self.manifest, self.device, capacity=config.cache_mb << 20)
-        weakref.finalize(self, images.close)  # its threads hold the images, and not the family
-        return images
+        decoded = None
+        if encoded and config.decoded_cache_mb:
+            folder = Path(config.decoded_cache) if config.decoded_cache else default_folder()
+            decoded = DecodedCache(folder, limit=config.decoded_cache_mb << 20)
+        images = ClassImages(config.data, self.manifest, decoded)
+        if not self.prefetch:
+            return DeviceImages.of_classes(images, self.device)
+        cached = CachedImages(images, self.device, capacity=config.cache_mb << 20)
+        weakref.finalize(self, cached.close)  # its threads hold the images, and not the family
+        return cached
 
     def sample(self, split: Split, step: int, slots: Tensor, *, seed: int, weights: Tensor | None = None) -> TaskBatch:
         """See `ClassTasks.sample`. With windows, those of this step and the next ones are read in the background."""
@@ -190,12 +219,24 @@ class ImageStore(Protocol):
 class DeviceImages:
     """The whole data set as one uint8 tensor [examples, C, H, W] on the device."""
 
-    def __init__(self, folder: str, manifest: shards.Manifest, device: torch.device) -> None:
-        with shards.ShardReader(folder, manifest) as reader:
-            images = np.concatenate(list(reader))
+    def __init__(self, images: np.ndarray, manifest: shards.Manifest, device: torch.device) -> None:
+        """images: uint8 [examples, H, W, C], class after class."""
         self._images = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous().to(device)
         counts = torch.tensor([entry.count for entry in manifest.classes])
         self._starts = (counts.cumsum(0) - counts).to(device)
+
+    @classmethod
+    def of_shards(cls, folder: str, manifest: shards.Manifest, device: torch.device) -> DeviceImages:
+        """Raises DataError: a shard that is damaged."""
+        with shards.ShardReader(folder, manifest) as reader:
+            return cls(np.concatenate(list(reader)), manifest, device)
+
+    @classmethod
+    def of_classes(cls, images: ClassImages, device: torch.device) -> DeviceImages:
+        """Of picture files. Raises DataError: one that is none, or a shard that is damaged."""
+        with ThreadPoolExecutor(READERS) as pool:
+            each = list(pool.map(images.read, range(len(images.manifest.classes))))
+        return cls(np.concatenate(each), images.manifest, device)
 
     def gather(self, classes: Tensor, examples: Tensor) -> Tensor:
         rows = self._starts[classes].unsqueeze(-1) + examples

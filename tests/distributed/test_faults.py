@@ -24,10 +24,12 @@ import yaml
 
 from pipeline import experiment as experiments
 from pipeline import launch, runs, storage
+from pipeline.config import validate
 from pipeline.errors import DataError, StopRequested, TrainingStopped
 from pipeline.experiment import Experiment
 from pipeline.runs import RunFolder
 from pipeline.tasks import shards
+from pipeline.tasks.images import ImagesConfig, ImageTasks
 from pipeline.training import journal
 from pipeline.training.context import Context, run_processes
 from pipeline.training.loop import train_worker
@@ -398,3 +400,22 @@ def test_one_process_at_a_time_works_on_a_name_in_a_store(s3: S3) -> None:
             process.kill()
     with runs.claimed(storage.location(address)):  # its process is gone
         pass
+
+
+def test_windows_from_a_store_that_fails_one_request_in_ten(s3: S3, tiny_data: Path) -> None:
+    place = storage.location("s3://bucket/windows")
+    storage.copy_folder(tiny_data, place, last=shards.MANIFEST)
+
+    def family(data: Path | str) -> ImageTasks:
+        task = {"family": "images", "data": str(data), "split": "random", "n_way": 3, "n_query": 2, "eval_n_query": 2}
+        task |= {"memory_limit_mb": 0, "window": {"classes": 3, "steps": 2}}
+        return validate(ImagesConfig, task, source="test").build(device=torch.device("cpu"), dtype=torch.float32)
+
+    here, there = family(tiny_data), family(str(place))
+    s3.fail(0.1)
+    try:
+        for step in range(8):
+            ours, theirs = (each.sample("meta_train", step, torch.arange(4), seed=0) for each in (there, here))
+            assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    finally:
+        s3.fail(0.0)

@@ -31,6 +31,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "pipeline.kernels": ROOTS,
     "pipeline.models": ROOTS | {"pipeline.kernels"},
     "pipeline.tasks": ROOTS,
+    "pipeline.tasks.class_images": ROOTS | {"pipeline.tasks", "pipeline.datasets.preprocessing"},
     "pipeline.tasks.shards": ROOTS | {"pipeline.tasks", "pipeline.datasets.source"},
     "pipeline.datasets": ROOTS | {"pipeline.tasks.shards"},
     "pipeline.experiment": ROOTS

@@ -20,6 +20,7 @@ from pipeline.errors import DataError
 from pipeline.tasks import class_cache, shards
 from pipeline.tasks.cached_images import CachedImages
 from pipeline.tasks.class_cache import ClassCache
+from pipeline.tasks.class_images import ClassImages
 from pipeline.tasks.images import ImagesConfig, ImageTasks
 from pipeline.tasks.windows import WindowConfig, Windows
 from pipeline.types import TaskBatch
@@ -288,8 +289,8 @@ def test_reading_ahead_ends_with_the_cache() -> None:
 
 
 def test_reading_ahead_ends_with_the_family(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    read = CachedImages._read
-    monkeypatch.setattr(CachedImages, "_read", lambda self, number: (time.sleep(0.05), read(self, number))[1])
+    read = ClassImages.read
+    monkeypatch.setattr(ClassImages, "read", lambda self, number: (time.sleep(0.05), read(self, number))[1])
     family = tasks(data, window={"classes": 8, "steps": 1})
     family.sample("meta_train", 0, torch.arange(1), seed=0)
     assert readers() > 0

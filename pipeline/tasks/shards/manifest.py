@@ -13,7 +13,7 @@ from pydantic import Field, field_validator, model_validator
 from pipeline.config import Section, validate
 from pipeline.datasets.source import Column, Modality
 from pipeline.errors import ConfigError, DataError
-from pipeline.storage import Location, location
+from pipeline.storage import Readable, readable
 from pipeline.tasks.shards.examples import AXES, DTYPE, example_bytes
 from pipeline.types import Split
 
@@ -151,13 +151,13 @@ class Manifest(Section):
         return json.dumps(self.model_dump(mode="json", exclude_defaults=True), ensure_ascii=False, indent=1) + "\n"
 
 
-def read_manifest(folder: str | Location) -> Manifest:
+def read_manifest(folder: str | Readable) -> Manifest:
     """The manifest of a data set, checked against its own digest.
 
     Raises DataError: no such folder, no manifest in it, not JSON, a field missing or wrong, another format
     version, or a digest that disagrees with the classes, splits and preprocessing.
     """
-    folder = location(folder)
+    folder = readable(folder)
     path = folder / MANIFEST
     try:
         if not folder.is_dir():

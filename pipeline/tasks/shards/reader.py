@@ -1,4 +1,4 @@
-"""Rows of a data set by class, from memory-mapped shards or an object store."""
+"""Rows of a data set by class, from memory-mapped shards, an object store or a web server."""
 
 from __future__ import annotations
 
@@ -14,11 +14,12 @@ import pyarrow.parquet as pq
 
 from pipeline.datasets.source import Examples
 from pipeline.errors import DataError
-from pipeline.storage import Location, ObjectPath, location
+from pipeline.storage import Readable, readable
 from pipeline.tasks.shards.examples import COLUMN, FIXED, arrow_type, concatenated, from_arrow
 from pipeline.tasks.shards.manifest import MANIFEST, Manifest, RowGroup
 
 MAX_ROW_GROUP_BYTES = 64 << 20  # decoded; a larger one is not of our writing
+KEPT_FOOTERS = 256  # of files that are not kept open
 CACHE_BYTES = 64 << 20  # of decoded row groups that are kept, of those that cannot be read where they lie
 
 
@@ -26,8 +27,8 @@ _Stamp = tuple[int, int, int]
 _Decoded: TypeAlias = np.ndarray | pa.Array  # of a fixed modality, of one of varying size
 
 
-def _stamp(path: Location) -> _Stamp | None:
-    """What changes when a file is written to or replaced; None in an object store, or where it is gone."""
+def _stamp(path: Readable) -> _Stamp | None:
+    """What changes when a file is written to or replaced; None where it is not on this machine, or gone."""
     try:
         status = path.stat() if isinstance(path, Path) else None
     except OSError:
@@ -36,18 +37,21 @@ def _stamp(path: Location) -> _Stamp | None:
 
 
 class ShardReader:
-    """Rows of a data set by class, from memory-mapped shards or an object store. Files are opened at their first use.
+    """Rows of a data set by class. Files are opened at their first use.
 
     The first read of a row group decodes it and checks its pages; later ones copy rows from where they lie in the file,
     for as long as nobody has written to it. Where examples do not lie there as they are (texts, encoded images, several
     pages, an object store), the row groups decoded last are kept, CACHE_BYTES of them.
 
-    Threads may share one; they take turns decoding.
+    Threads may share one; they take turns decoding. With `keep` False nothing is kept but some files' footers: for
+    those who keep the examples themselves. Files are then read and not mapped, and threads read at the same time.
     """
 
-    def __init__(self, folder: str | Location, manifest: Manifest) -> None:
-        self.folder = location(folder)
+    def __init__(self, folder: str | Readable, manifest: Manifest, *, keep: bool = True) -> None:
+        self.folder = readable(folder)
         self.manifest = manifest
+        self._keeps = keep
+        self._footers: OrderedDict[int, pq.FileMetaData] = OrderedDict()
         self._fixed = manifest.modality in FIXED
         self._files: dict[int, pq.ParquetFile] = {}
         self._maps: dict[int, np.memmap] = {}
@@ -68,6 +72,7 @@ class ShardReader:
             self._maps.clear()
             self._in_place.clear()
             self._decoded.clear()
+            self._footers.clear()
 
     def read_class(
         self, class_id: int, rows: Sequence[int] | np.ndarray | None = None, *, out: np.ndarray | None = None
@@ -116,14 +121,21 @@ class ShardReader:
             return checked[0]
         end = group.start + group.rows
         try:
-            with self._lock:
-                examples, labels = self._decode(group.shard, group.row_group)
+            if self._keeps:
+                with self._lock:
+                    examples, labels = self._decode(group.shard, group.row_group)
+            else:
+                examples, labels = self._decode_once(group.shard, group.row_group)
             if len(examples) != len(labels):
                 raise ValueError("its columns differ in length")
         except (pa.ArrowException, OSError, ValueError, IndexError, KeyError) as error:
+            self._footers.pop(group.shard, None)
+            here = isinstance(self.folder, Path)
             raise DataError(
-                f"{self.folder / name}: row group {group.row_group} cannot be read ({str(error).strip()[:120]}). "
-                "Restore this file, or prepare the data set again."
+                f"{self.folder / name}: row group {group.row_group} cannot be read "
+                f"({str(error).strip()[: 120 if here else 500]}). "
+                + ("" if here else "Run the same command again once the server answers; if the file is damaged: ")
+                + "Restore this file, or prepare the data set again."
             ) from error
         # of version 1 a row group is of one class, and the index of the whole of it
         alone = self.manifest.format_version == 1 and len(labels) != group.rows
@@ -133,6 +145,8 @@ class ShardReader:
                 f"{self.manifest.classes[class_id].name} that {MANIFEST} says. Prepare the data set again."
             )
         own = examples[group.start : end]
+        if not self._keeps:
+            return own
         if isinstance(examples, np.ndarray):
             in_place = self._view(group, len(labels))
             if stamp is not None and in_place is not None and _same_bytes(in_place, examples):
@@ -147,7 +161,24 @@ class ShardReader:
         if kept is not None:
             self._decoded.move_to_end((shard, row_group))
             return kept
-        file = self._open(shard)
+        return self._read(self._open(shard), row_group)
+
+    def _decode_once(self, shard: int, row_group: int) -> tuple[_Decoded, np.ndarray]:
+        """As `_decode`, from a file that is opened for it."""
+        with self._lock:
+            footer = self._footers.get(shard)
+        file = self._parquet(shard, footer)
+        try:
+            with self._lock:
+                self._footers[shard] = file.metadata
+                self._footers.move_to_end(shard)
+                while len(self._footers) > KEPT_FOOTERS:
+                    self._footers.popitem(last=False)
+            return self._read(file, row_group)
+        finally:
+            file.close(force=True)
+
+    def _read(self, file: pq.ParquetFile, row_group: int) -> tuple[_Decoded, np.ndarray]:
         modality = self.manifest.modality
         columns = ["class_id", COLUMN[modality]]
         if self._fixed:
@@ -197,17 +228,24 @@ class ShardReader:
 
     def _open(self, shard: int) -> pq.ParquetFile:
         if shard not in self._files:
-            file = self.folder / self.manifest.shards[shard].file
-            if leads_outside(self.folder, file):
-                raise ValueError("it is a link to a place outside the data set's folder")
-            parquet = pq.ParquetFile(
-                file.open_input() if isinstance(file, ObjectPath) else file,
-                memory_map=isinstance(file, Path),
-                page_checksum_verification=True,
-            )
-            _check_size(parquet, self.manifest)
-            self._files[shard] = parquet
+            self._files[shard] = self._parquet(shard, None)
         return self._files[shard]
+
+    def _parquet(self, shard: int, footer: pq.FileMetaData | None) -> pq.ParquetFile:
+        """A shard, opened. footer: its own, where it was read and checked before."""
+        file = self.folder / self.manifest.shards[shard].file
+        if leads_outside(self.folder, file):
+            raise ValueError("it is a link to a place outside the data set's folder")
+        parquet = pq.ParquetFile(
+            file if isinstance(file, Path) else file.open_input(),
+            metadata=footer,
+            memory_map=isinstance(file, Path) and self._keeps,
+            pre_buffer=not isinstance(file, Path),  # few and large requests
+            page_checksum_verification=True,
+        )
+        if footer is None:
+            _check_size(parquet, self.manifest)
+        return parquet
 
 
 def _rows(decoded: _Decoded, rows: np.ndarray | None = None) -> Examples:
@@ -242,7 +280,7 @@ def _bounded_batches(file: pq.ParquetFile, row_group: int, columns: list[str]) -
         yield batch
 
 
-def leads_outside(folder: Location, file: Location) -> bool:
+def leads_outside(folder: Readable, file: Readable) -> bool:
     """Whether a symbolic link takes a shard out of its data set's folder. The folder itself may be one."""
     return isinstance(folder, Path) and isinstance(file, Path) and not file.resolve().is_relative_to(folder.resolve())
 
