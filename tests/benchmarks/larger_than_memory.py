@@ -1,0 +1,244 @@
+"""Training from a data set many times larger than the memory it may use.
+
+    python -m tests.benchmarks.larger_than_memory --gb 20 --memory-gb 2 --out results
+    python -m tests.benchmarks.larger_than_memory --gb 2 --memory-gb 1.5 --window-classes 8   # a quicker one
+
+Writes 84×84×3 images with random pixels (600 of a class, as mini-ImageNet's; they do not compress, so that nothing is
+smaller on the disk than in memory), drops them from the page cache, and takes outer steps of conv4 (strided, 5-way,
+5 queries) in a process of its own, with windows of classes.
+
+Memory: what the process may allocate (heap, anonymous pages, stacks) is limited by the kernel, RLIMIT_DATA, which
+refuses more. Arrow's own allocator would reserve a gigabyte of addresses ahead, so the system's is used. Files are read
+and not mapped; the page cache is the system's own, gives way to whoever needs memory, and counts for nobody. "Resident"
+is VmRSS, programs and libraries included; "data" is VmData, what the limit is on.
+
+Waits: how long the training loop waited for a step's episodes (the journal's `data_seconds`), after the first window.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from pipeline import experiment as experiments
+from pipeline.experiment import Experiment
+from pipeline.tasks import shards
+from pipeline.tasks.images import ImageTasks
+from pipeline.training import loop
+from pipeline.training.context import LocalContext
+from pipeline.training.memory import keep_freed_memory
+from pipeline.training.step import global_gradient
+from pipeline.types import SPLITS, MetaState, Split
+from tests.benchmarks import report
+from tests.benchmarks.measuring import quartiles
+
+EXAMPLES, SIZE = 600, 84
+CLASS_BYTES = EXAMPLES * SIZE * SIZE * 3
+HELD_OUT = 16  # classes of validation and of test
+WAITED = 0.001  # seconds: less is the queue's own
+SAMPLE_SECONDS = 0.25
+
+
+def write_random_images(folder: Path, classes: int, *, examples: int = EXAMPLES, size: int = SIZE) -> shards.Manifest:
+    """Random pixels of every class, from few random numbers: what is measured is reading and not drawing them."""
+    base = np.random.default_rng(0).integers(0, 256, (examples, size, size, 3), np.uint8)
+    names = [f"random/{number:05d}" for number in range(classes)]
+    held_out: list[Split] = [SPLITS[1 + i % 2] for i in range(2 * HELD_OUT)]
+    parts = {name: (SPLITS[0] if i >= len(held_out) else held_out[i]) for i, name in enumerate(names)}
+
+    def each() -> Iterator[shards.ClassExamples]:
+        for number, name in enumerate(names):
+            yield shards.ClassExamples(name, "random", base ^ np.uint8(number % 255 + 1) if number else base)
+
+    return shards.write(folder, each(), splits={"random": parts}, source={"name": "random"}, preprocessing={})
+
+
+def experiment_of(data: Path, options: argparse.Namespace) -> Experiment:
+    content = {
+        "name": "larger-than-memory",
+        "task": {
+            "family": "images",
+            "data": str(data),
+            "split": "random",
+            "n_query": 5,
+            "memory_limit_mb": 64,
+            "cache_mb": options.cache_mb,
+            "window": {"classes": options.window_classes, "steps": options.window_steps},
+        },
+        "model": {"name": "conv4", "downsample": "stride"},
+        "algorithm": {"name": "maml", "inner_lr": 0.01},
+        "training": {"steps": options.steps, "meta_batch_size": options.tasks, "backend": "local"},
+    }
+    return experiments.from_dict(content, source="configuration")
+
+
+def in_limits(data: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Outer steps in this process, whose memory is limited from here on."""
+    torch.set_num_threads(1)
+    keep_freed_memory()
+    if options.memory_gb:
+        limit = int(options.memory_gb * 1e9)
+        resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
+    experiment = experiment_of(data, options)
+    parts = experiments.build(experiment, device=torch.device("cpu"))
+    family = parts.family
+    assert isinstance(family, ImageTasks)
+    meta = parts.algorithm.init(0)
+    meta = MetaState({name: value.requires_grad_() for name, value in meta.params.items()}, meta.buffers)
+    state: Any = argparse.Namespace(step=0, classes=None)
+    clock = loop._Clock()
+    context = LocalContext()
+    chunk = experiments.task_chunk(experiment, parts, context.device)
+    waits, seconds, memory = [], [], []
+    ended = threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(SAMPLE_SECONDS):
+            memory.append((time.perf_counter() - began, *memory_now()))
+
+    began = time.perf_counter()
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        for batch in loop._training_batches(context, experiment, parts, state, clock):
+            start = time.perf_counter()
+            global_gradient(context, parts.algorithm, meta, batch, step=state.step, chunk=chunk)
+            seconds.append(time.perf_counter() - start)
+            waits.append(clock.data_seconds)
+            state.step += 1
+    finally:
+        ended.set()
+        watcher.join()
+    counts = vars(family._images.cache.counts)  # type: ignore[attr-defined]
+    return {
+        "waits": waits,
+        "compute": seconds,
+        "memory": memory,
+        "cache": counts,
+        "seconds": time.perf_counter() - began,
+    }
+
+
+def memory_now() -> tuple[int, int]:
+    """Bytes resident, and bytes that RLIMIT_DATA counts."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    kilobytes = {line.split(":")[0]: line.split()[1] for line in lines if line.startswith(("VmRSS", "VmData"))}
+    return int(kilobytes["VmRSS"]) << 10, int(kilobytes["VmData"]) << 10
+
+
+def forget(folder: Path) -> None:
+    """Have the system drop what it keeps of the files."""
+    for file in folder.rglob("*.parquet"):
+        descriptor = os.open(file, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+            os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        finally:
+            os.close(descriptor)
+
+
+def in_a_process_of_its_own(data: Path, arguments: list[str]) -> dict[str, Any]:
+    """`in_limits` by this file. Raises RuntimeError: it ended without a result, as where the memory is too little."""
+    with tempfile.TemporaryDirectory() as scratch:
+        told = Path(scratch) / "told.json"
+        command = [sys.executable, "-m", "tests.benchmarks.larger_than_memory", *arguments]
+        command += ["--data", str(data), "--told", str(told)]
+        environment = {**os.environ, "OMP_NUM_THREADS": "1", "ARROW_DEFAULT_MEMORY_POOL": "system"}
+        ended = subprocess.run(command, cwd=report.REPOSITORY, env=environment, stderr=subprocess.PIPE, text=True)
+        if ended.returncode:
+            raise RuntimeError(f"it ended with {ended.returncode}: {ended.stderr[-2000:]}")
+        return json.loads(told.read_text())
+
+
+def rows_of(result: dict[str, Any], manifest: shards.Manifest, options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    warm = options.window_steps
+    waits, compute = np.array(result["waits"][warm:]), result["compute"][warm:]
+    size = sum(shard.bytes for shard in manifest.shards) / 1e9
+    yield row("set", f"{size:.1f} GB, {len(manifest.classes)} classes; limit {options.memory_gb} GB")
+    window = options.window_classes * manifest.classes[0].count * manifest.image_bytes / 1e9
+    yield row("window", f"{options.window_classes} classes ({window:.2f} GB) for {options.window_steps} steps")
+    yield row("first step's wait", f"{result['waits'][0]:.2f} s")
+    yield row("a step", "{1:.3f} ({0:.3f}–{2:.3f}) s".format(*quartiles(compute)))
+    late = waits[waits > WAITED]
+    yield row(
+        "steps after the first window that waited for data",
+        f"{len(late)} of {len(waits)}, {late.sum():.3f} s in all of {result['seconds']:.0f} s",
+    )
+    times = [t for t, _, _ in result["memory"]]
+    quarters = np.array_split(np.array(result["memory"]), 4)
+    yield row(
+        "most resident, by quarters of the run", ", ".join(f"{part[:, 1].max() / 1e9:.2f} GB" for part in quarters)
+    )
+    yield row("most data, by quarters of the run", ", ".join(f"{part[:, 2].max() / 1e9:.2f} GB" for part in quarters))
+    yield row("watched", f"{len(times)} times in {times[-1]:.0f} s")
+    cache = result["cache"]
+    asked = cache["hits"] + cache["late"] + cache["misses"]
+    told = f"{cache['hits']} of {asked} ({100 * cache['hits'] / asked:.2f} %)"
+    yield row("classes that were in memory when a step wanted them", told)
+    yield row("read from the set", f"{cache['read']} classes")
+
+
+def row(what: str, value: str) -> dict[str, Any]:
+    return {"case": what, "value": value, "load_average": report.load_average()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gb", type=float, default=20, help="size of the set")
+    parser.add_argument("--memory-gb", type=float, default=2, help="that the process may allocate; 0: any")
+    parser.add_argument("--window-classes", type=int, default=24)
+    parser.add_argument("--window-steps", type=int, default=10)
+    parser.add_argument("--cache-mb", type=int, default=600)
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--tasks", type=int, default=2, help="per outer step")
+    parser.add_argument("--data", type=Path, help="where the set is, or is to be written and left; a temporary folder")
+    parser.add_argument("--out", type=Path, help="folder for larger_than_memory.md and .json")
+    parser.add_argument("--told", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.told:
+        options.told.write_text(json.dumps(in_limits(options.data, options)))
+        return
+    scratch = None if options.data else Path(tempfile.mkdtemp(dir="."))
+    data = options.data or scratch / "set"
+    try:
+        if not (data / shards.MANIFEST).exists():
+            began = time.perf_counter()
+            write_random_images(
+                data, max(round(options.gb * 1e9 / CLASS_BYTES), 2 * HELD_OUT + 2 * options.window_classes)
+            )
+            print(f"written in {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
+        forget(data)
+        result = in_a_process_of_its_own(data, sys.argv[1:])
+        columns: report.Columns = {"what": lambda r: r["case"], "": lambda r: r["value"]}
+        columns |= {"load": lambda r: f"{r['load_average']:.1f}"}
+        notes = [f"`{report.command('tests.benchmarks.larger_than_memory')}`", "Memory and waits: the module's head."]
+        rows = list(rows_of(result, shards.read_manifest(data), options))
+        report.write(
+            options.out,
+            "larger_than_memory",
+            where=report.place(torch.device("cpu")),
+            rows=rows,
+            columns=columns,
+            notes=notes,
+        )
+    finally:
+        if scratch:
+            shutil.rmtree(scratch)
+
+
+if __name__ == "__main__":
+    main()
