@@ -215,6 +215,11 @@ class Tracker:
             self.client.set_registered_model_alias(name, CHAMPION, version)
 
 
+def param_name(key: str) -> str:
+    """A dotted key as MLflow takes it: of `sets[0].name` it refuses the brackets."""
+    return key.replace("[", ".").replace("]", "")
+
+
 class RunLog:
     """One MLflow run that this process writes."""
 
@@ -227,7 +232,7 @@ class RunLog:
     def describe(self, experiment: Experiment, data_digest: str) -> None:
         """The full configuration as parameters and as a file, and the data set as an input."""
         content = experiment.to_dict()
-        params = [Param(key, str(value)) for key, value in flatten(content).items()]
+        params = [Param(param_name(key), str(value)) for key, value in flatten(content).items()]
         for start in range(0, len(params), BATCH_PARAMS):
             self._client.log_batch(self.run_id, params=params[start : start + BATCH_PARAMS])
         self._client.log_dict(self.run_id, content, "experiment.json")

@@ -230,6 +230,7 @@ class ClassTasks(OneShape):
             step=step,
             slots=slots.to(self._drawn_on),
             class_counts=self._counts[split].repeat(self._copies(split)),
+            smallest=self._sizes[split][0],
             largest=self._sizes[split][1],
             shape=shape,
             imbalance=self.config.variable.imbalance,

@@ -122,6 +122,7 @@ def sample_unequal(
     step: int,
     slots: Tensor,
     class_counts: Tensor,
+    smallest: int,
     largest: int,
     shape: Shape,
     imbalance: bool = True,
@@ -131,9 +132,9 @@ def sample_unequal(
 ) -> UnequalEpisodes:
     """Draw the episodes of `slots` (int64 [T]) of one shape from classes with `class_counts` (int64 [C]) examples.
 
-    largest: examples of the largest class, so that nothing waits for a GPU. Otherwise as `sampler.sample_indices`,
-    which draws the same classes. The caller has checked that even the smallest class has a share of the support set
-    and queries.
+    smallest, largest: examples of these classes, so that nothing waits for a GPU. Otherwise as
+    `sampler.sample_indices`, which draws the same classes. The caller has checked that even the smallest class has a
+    share of the support set and queries.
     """
     n_way, support, n_query = shape
     episode = keys.of_episodes(seed, SPLITS.index(split), step, slots)
@@ -141,7 +142,7 @@ def sample_unequal(
     counts = class_counts[classes]
     if imbalance:
         shots = deal_shots(keys.uniform(keys.fold(episode, _SHOTS), n_way), counts, n_query, support)
-        most = min(support - n_way + 1, largest - n_query)
+        most = most_of_a_class(shape, smallest=smallest, largest=largest)
     else:
         most = support // n_way
         shots = torch.full_like(classes, most)
@@ -162,6 +163,21 @@ def sample_unequal(
         episode,
         support,
     )
+
+
+def most_of_a_class(shape: Shape, *, smallest: int, largest: int) -> int:
+    """A bound of `deal_shots`: no class has more shots. Drawing examples costs its square.
+
+    A class that gets f beyond its first shot has λ ≥ f / w_max, so each other one has min(f r, room) at least, with
+    r = w_min / w_max and the room of the smallest class; and all together have S − W.
+    """
+    n_way, support, n_query = shape
+    left, others, room = support - n_way, n_way - 1, smallest - n_query - 1
+    r = 0.25 * smallest / largest  # exp(α) is from ½ to 2
+    most = left / (1 + others * r)
+    if most * r > room:
+        most = max(room / r, left - others * room)
+    return min(int(most) + 3, left + 1, largest - n_query)  # with the first, one more by rounding, and a spare one
 
 
 def deal_shots(u: Tensor, counts: Tensor, n_query: int, support: int) -> Tensor:

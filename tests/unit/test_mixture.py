@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from mlflow.utils.validation import _validate_param_name
 
 from pipeline import config, placement
 from pipeline import experiment as experiments
@@ -18,6 +19,7 @@ from pipeline.experiment import Experiment
 from pipeline.learner import card_of
 from pipeline.tasks.images import ImageTasks
 from pipeline.tasks.mixture import MixtureConfig, MixtureTasks
+from pipeline.tracking import param_name
 from pipeline.training.context import LocalContext
 from pipeline.training.evaluate import Estimate, evaluate, summarize
 from pipeline.training.loop import train
@@ -145,6 +147,8 @@ def test_keys_of_a_set_are_set_and_found(tiny_data: Path, tmp_path: Path) -> Non
     assert content["task"]["sets"][1]["weight"] == 5
     assert config.flatten(content)["task.sets[1].task.data"] == "/there"
     assert exp.task.sets[1].weight == 1
+    for key in config.flatten(content):
+        _validate_param_name(param_name(key))
     with pytest.raises(ConfigError, match=r"there is no sets\[2\]"):
         config.apply_overrides(content, ["task.sets[2].weight=5"])
     with pytest.raises(ConfigError, match=r"task\.sets\[1\]\.task\.data=elsewhere: on the cluster"):

@@ -16,7 +16,7 @@ from pipeline.config import validate
 from pipeline.errors import ConfigError
 from pipeline.tasks.images import ImagesConfig
 from pipeline.tasks.sampler import sample_indices
-from pipeline.tasks.shapes import Shape, VariableConfig, deal_shots, key_of_step, sample_unequal
+from pipeline.tasks.shapes import Shape, VariableConfig, deal_shots, key_of_step, most_of_a_class, sample_unequal
 
 seeds = st.integers(0, 1 << 40)
 
@@ -40,6 +40,7 @@ def problems(draw: st.DrawFn) -> dict[str, Any]:
         "split": "meta_train",
         "step": draw(seeds),
         "class_counts": torch.tensor(counts),
+        "smallest": min(counts),
         "largest": max(counts),
         "shape": shape,
         "imbalance": config.imbalance,
@@ -86,7 +87,7 @@ def test_a_slot_depends_on_no_other_and_has_the_classes_of_fixed_shapes(problem:
         assert torch.equal(ours, theirs)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=200, deadline=None)
 @given(
     rooms=st.lists(st.integers(0, 40), min_size=2, max_size=8),
     part=st.floats(0, 1),
@@ -101,6 +102,8 @@ def test_shots_add_up_and_follow_the_weights(rooms: list[int], part: float, seed
     assert int(shots.sum()) == support
     assert bool((shots >= 1).all())
     assert bool((shots <= counts[0] - 2).all())
+    shape = Shape(len(rooms), support, 2)
+    assert int(shots.max()) <= most_of_a_class(shape, smallest=min(rooms) + 3, largest=max(rooms) + 3)
     weights = [math.exp(math.log(0.5) + math.log(4) * float(x)) * int(c) for x, c in zip(u[0], counts[0], strict=True)]
     low, high = 0.0, 1e6
     for _ in range(200):
