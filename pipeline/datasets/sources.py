@@ -75,6 +75,10 @@ SOURCES = {
     "omniglot": Entry(
         "Omniglot's official archives: 1623 handwritten characters.", "pipeline.datasets.omniglot:OmniglotOptions"
     ),
+    "digits": Entry(
+        "scikit-learn's handwritten digits, to evaluate on; nothing to download.",
+        "pipeline.datasets.digits:DigitsOptions",
+    ),
     "clinc150": Entry(
         "CLINC150: sentences of 150 intents in 10 domains.", "pipeline.datasets.clinc150:Clinc150Options"
     ),
