@@ -33,6 +33,17 @@ def verify(folder: Folder, json: console.Json = False) -> None:
 
 
 @app.command()
+def card(folder: Folder, json: console.Json = False) -> None:
+    """Write a data set's card anew: DATASET.md, a picture of examples, statistics and copies across parts."""
+    from pipeline.tasks import shards
+
+    manifest = shards.read_manifest(folder)
+    found = data_prepare.write_card(folder, manifest)
+    show = lambda: data_summary.show(folder, manifest, found=found)  # noqa: E731
+    console.emit(data_summary.summary(folder, manifest, found=found), as_json=json, show=show)
+
+
+@app.command()
 def show(
     folder: Folder,
     out: Annotated[Path | None, typer.Option(help="PNG to write; default: NAME-episodes.png here.")] = None,

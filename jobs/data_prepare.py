@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import inspect
+import shlex
+import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from typer.core import TyperGroup
 
 from jobs import console, data_summary
@@ -16,7 +19,10 @@ from jobs import console, data_summary
 if TYPE_CHECKING:
     from pipeline.datasets.prepare import Progress as Prepared
     from pipeline.datasets.sources import SourceOptions
+    from pipeline.datasets.survey import Survey
     from pipeline.tasks.shards import Manifest
+
+COLUMNS = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
 
 
 def prepare(
@@ -25,6 +31,26 @@ def prepare(
     *,
     out: Annotated[str, typer.Option(help="Folder to write, or s3://…; it appears whole or not at all.")],
     seed: Annotated[int, typer.Option(min=0, help="Of the class splits (and of what a source draws).")] = 0,
+    class_lists: Annotated[
+        Path | None,
+        typer.Option(
+            help="File of CLASS,PART rows, or folder of train.txt, val.txt, test.txt: the class split `lists`."
+        ),
+    ] = None,
+    shares: Annotated[
+        str | None,
+        typer.Option(metavar="A,B,C", help="Of the classes (or groups) for training, validation, test, e.g. 60,20,20."),
+    ] = None,
+    all_test: Annotated[
+        bool,
+        typer.Option("--all-test", help="Also a class split with every class in meta_test, for other data's models."),
+    ] = False,
+    min_examples: Annotated[int, typer.Option(min=1, help="Leave out classes with fewer.")] = 1,
+    strict: Annotated[bool, typer.Option("--strict", help="Refuse raw data with anything odd or unreadable.")] = False,
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes that read; default: one per CPU.")] = None,
+    card: Annotated[
+        bool, typer.Option("--card/--no-card", help="Write DATASET.md, with a picture and statistics.")
+    ] = True,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a data set that is there.")] = False,
     reuse: Annotated[bool, typer.Option("--reuse", help="Do nothing if a whole data set is there already.")] = False,
     json: console.Json = False,
@@ -33,40 +59,95 @@ def prepare(
 
     given: the source's own options, by name.
     """
+    from pipeline.datasets.card import CARD
+    from pipeline.datasets.chosen import Chosen
     from pipeline.datasets.prepare import prepare as write_data_set
     from pipeline.datasets.sources import read_options
     from pipeline.storage import location
     from pipeline.tasks import shards
 
     options = read_options(source_name, _with_folder(given, out))
-    record = {"name": source_name, **options.record(), "seed": seed}
+    record = {"name": source_name, **options.record(), "seed": seed, **_record_of_splits(class_lists, shares, all_test)}
     if reuse and (location(out) / shards.MANIFEST).exists():
         manifest = shards.read_manifest(out)
         _check_same(out, manifest, record)
         shards.verify(out, manifest)
+        if card and not (location(out) / CARD).exists():
+            write_card(out, manifest)
         show = lambda: data_summary.show(out, manifest, reused=True)  # noqa: E731
         console.emit(data_summary.summary(out, manifest), as_json=json, show=show)
         return
     shards.check_free(out, overwrite=overwrite)
-    source = options.open(seed=seed)
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, console=console.err, transient=True) as progress:
-        task = progress.add_task(f"reading {source_name}")
+    source = Chosen(options.open(seed=seed), lists=class_lists, shares=_shares(shares), all_test=all_test)
+    with Progress(*COLUMNS, console=console.err, transient=True) as bar:
+        task = bar.add_task(f"reading {source_name}", total=None)
 
         def advance(done: Prepared) -> None:
-            bad = f", {done.problems} that cannot be read" if done.problems else ""
+            bad = f", {done.problems} odd or unreadable" if done.problems else ""
             text = f"{done.classes} classes, {done.examples} examples{bad}, now {escape(done.name)}"
-            progress.update(task, description=text)
+            bar.update(task, description=text)
 
-        manifest, _ = write_data_set(source, out, record=record, seed=seed, overwrite=overwrite, progress=advance)
-    show = lambda: data_summary.show(out, manifest)  # noqa: E731
-    console.emit(data_summary.summary(out, manifest), as_json=json, show=show)
+        manifest, _ = write_data_set(
+            source,
+            out,
+            record=record,
+            seed=seed,
+            overwrite=overwrite,
+            strict=strict,
+            min_examples=min_examples,
+            workers=workers,
+            progress=advance,
+        )
+    found = write_card(out, manifest, command=_command(), originals=source.originals()) if card else None
+    show = lambda: data_summary.show(out, manifest, found=found)  # noqa: E731
+    console.emit(data_summary.summary(out, manifest, found=found), as_json=json, show=show)
+
+
+def write_card(
+    folder: str, manifest: Manifest, *, command: str | None = None, originals: Mapping[str, int] | None = None
+) -> Survey:
+    """The data card, with its progress shown. Raises DataError."""
+    from pipeline.datasets import card
+
+    with Progress(*COLUMNS, BarColumn(), console=console.err, transient=True) as bar:
+        task = bar.add_task("statistics and copies", total=len(manifest.classes))
+        return card.write_card(
+            folder,
+            manifest,
+            command=command,
+            originals=originals,
+            progress=lambda classes: bar.update(task, completed=classes),
+        )
+
+
+def _command() -> str:
+    """What was typed, for the card."""
+    from pipeline.credentials import redacted
+
+    return redacted(shlex.join(["metapipe", *sys.argv[1:]]))
+
+
+def _shares(text: str | None) -> tuple[int, int, int] | None:
+    """Raises ConfigError: not three numbers of which one or more are above 0."""
+    from pipeline.errors import ConfigError
+
+    if text is None:
+        return None
+    numbers = text.split(",")
+    if len(numbers) != 3 or not all(number.strip().isdecimal() for number in numbers) or not sum(map(int, numbers)):
+        raise ConfigError(f"--shares {text}: give three whole numbers, as in 60,20,20 (or the numbers of classes).")
+    train, val, test = map(int, numbers)
+    return train, val, test
+
+
+def _record_of_splits(class_lists: Path | None, shares: str | None, all_test: bool) -> dict[str, Any]:
+    """What the manifest tells of the class splits that were asked for, beside their seed."""
+    asked = {"class_lists": class_lists and class_lists.name, "shares": shares, "all_test": all_test}
+    return {name: value for name, value in asked.items() if value}
 
 
 def _with_folder(given: Mapping[str, Any], out: str) -> dict[str, Any]:
     """The options with a folder for what is downloaded: raw/ beside `out`, where no other was given."""
-    from pathlib import Path
-
     from pipeline.storage import location
 
     if not given.get("download") or given.get("directory"):
@@ -79,7 +160,13 @@ def _check_same(out: str, manifest: Manifest, record: dict[str, Any]) -> None:
     """Raises ConfigError: a data set prepared with other options stands at `out`; names those that differ."""
     from pipeline.errors import ConfigError
 
-    differing = [f"{k} {manifest.source.get(k)} and not {v}" for k, v in record.items() if manifest.source.get(k) != v]
+    found = {"split_seed", "near_duplicates", "problems", "left_out"}  # in the data, and not asked for
+    there = {key: value for key, value in manifest.source.items() if key not in found}
+    same_source = there.get("name") == record["name"]
+    keys = [*record, *(key for key in there if key not in record)] if same_source else ["name"]
+    differing = [
+        f"{key} {there.get(key)} and not {record.get(key)}" for key in keys if there.get(key) != record.get(key)
+    ]
     if differing:
         raise ConfigError(f"{out}: was prepared with {', '.join(differing)}. Use --overwrite, or another --out.")
 
@@ -87,18 +174,27 @@ def _check_same(out: str, manifest: Manifest, record: dict[str, Any]) -> None:
 class Sources(TyperGroup):
     """A command per source, made when it is asked for: only then its code is imported."""
 
+    _listing = False  # while the names and help lines of all are shown, for which no code is needed
+
     def list_commands(self, ctx: Any) -> list[str]:
         from pipeline.datasets.sources import SOURCES
 
         return list(SOURCES)
+
+    def format_help(self, ctx: Any, formatter: Any) -> None:
+        self._listing = True
+        super().format_help(ctx, formatter)
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
         from pipeline.datasets.sources import SOURCES, options_of
 
         if cmd_name not in SOURCES:
             return None
-        command = command_for(cmd_name, options_of(cmd_name))
+        command = _nothing if self._listing else command_for(cmd_name, options_of(cmd_name))
         return typer.main.get_command(console.single_command(command, name=cmd_name, help=SOURCES[cmd_name].help))
+
+
+def _nothing() -> None: ...
 
 
 app = console.new_app(

@@ -11,6 +11,7 @@ from rich.table import Table
 from jobs import console
 
 if TYPE_CHECKING:
+    from pipeline.datasets.survey import Survey
     from pipeline.tasks.shards import Manifest
 
 
@@ -19,8 +20,10 @@ def counts(manifest: Manifest) -> dict[str, dict[str, int]]:
     return {split: dict(Counter(entry.splits[split] for entry in manifest.classes)) for split in manifest.splits}
 
 
-def summary(folder: str, manifest: Manifest) -> dict[str, Any]:
-    return {
+def summary(folder: str, manifest: Manifest, *, found: Survey | None = None) -> dict[str, Any]:
+    """found: when the data card was made."""
+    problems, left_out = (manifest.source.get(key, {"count": 0, "first": []}) for key in ("problems", "left_out"))
+    content = {
         "data": str(folder),
         "digest": manifest.digest,
         "shape": list(manifest.shape),
@@ -32,28 +35,65 @@ def summary(folder: str, manifest: Manifest) -> dict[str, Any]:
         "near_duplicates": {
             split: found["pairs"] for split, found in manifest.source.get("near_duplicates", {}).items()
         },
+        "problems": problems["count"],
+        "classes_left_out": left_out["count"],
         "source": {k: v for k, v in manifest.source.items() if k != "near_duplicates"},
     }
+    if found is not None:
+        from pipeline.datasets.card import leaks
+
+        content["leaks"] = leaks(found)
+        content["copies"] = {"within_classes": found.copies_within, "across_classes": found.copies_across}
+    return content
 
 
-def show(folder: str, manifest: Manifest, *, reused: bool = False) -> None:
-    height, width, channels = manifest.shape
+def show(folder: str, manifest: Manifest, *, reused: bool = False, found: Survey | None = None) -> None:
+    """found: when the data card was made."""
+    kinds = {"image": "images", "encoded_image": "encoded images", "vector": "vectors", "text": "texts"}
+    of = f" of {'×'.join(map(str, manifest.shape))}" if manifest.shape else ""
     console.out.print(
         f"[bold]{escape(str(folder))}[/]{' (already there, verified)' if reused else ''}: {len(manifest.classes)} "
-        f"classes in {len({entry.group for entry in manifest.classes})} groups, {manifest.num_examples} images of "
-        f"{height}×{width}×{channels}, {len(manifest.shards)} shards, digest {manifest.digest[:12]}…"
+        f"classes in {len({entry.group for entry in manifest.classes})} groups, {manifest.num_examples} "
+        f"{kinds[manifest.modality]}{of}, {len(manifest.shards)} shards, digest {manifest.digest[:12]}…"
     )
-    table = Table("class split", "meta_train", "meta_val", "meta_test", "look-alikes across parts")
-    found = manifest.source.get("near_duplicates", {})
+    table = Table("class split", "meta_train", "meta_val", "meta_test", "look-alike classes across parts")
+    if found is not None:
+        table.add_column("copies across parts")
+    alike = manifest.source.get("near_duplicates", {})
     for split, by_part in counts(manifest).items():
-        parts = [str(by_part.get(part, 0)) for part in ("meta_train", "meta_val", "meta_test")]
-        table.add_row(escape(split), *parts, str(found.get(split, {}).get("pairs", "not looked for")))
+        cells = [str(by_part.get(part, 0)) for part in ("meta_train", "meta_val", "meta_test")]
+        cells.append(str(alike.get(split, {}).get("pairs", "not looked for")))
+        if found is not None:
+            near = f" + {found.near[split].examples} nearly" if split in found.near else ""
+            cells.append(f"{found.identical[split].examples}{near}")
+        table.add_row(escape(split), *cells)
     console.out.print(table)
-    for split, pairs in found.items():
+    for split, pairs in alike.items():
         for first, part, second, other, similarity in pairs["closest"][:3]:
-            console.out.print(
-                f"  {split}: {first} ({part}) looks like {second} ({other}), similarity {similarity:.2f}",
-                markup=False,
-                highlight=False,
-                soft_wrap=True,
-            )
+            _line(f"  {split}: {first} ({part}) looks like {second} ({other}), similarity {similarity:.2f}")
+    _show_problems(manifest)
+    if found is not None:
+        from pipeline.datasets.card import CARD
+
+        _line(f"data card: {location_of(folder, CARD)}")
+
+
+def _show_problems(manifest: Manifest) -> None:
+    problems, left_out = (manifest.source.get(key) for key in ("problems", "left_out"))
+    if problems:
+        _line(f"{problems['count']} items were odd or could not be read (--strict refuses them):")
+        for item, reason in problems["first"][:5]:
+            _line(f"  {item}: {reason}")
+    if left_out:
+        names = [str(each["class"]) for each in left_out["first"][:5]] + ["…"] * (left_out["count"] > 5)
+        _line(f"{left_out['count']} classes had too few examples and were left out: {', '.join(names)}")
+
+
+def location_of(folder: str, name: str) -> str:
+    """A file in a data set's folder, as a user would write it."""
+    return f"{str(folder).rstrip('/')}/{name}"
+
+
+def _line(text: str) -> None:
+    """As it is: names and paths may look like markup, and a broken line cannot be copied."""
+    console.out.print(text, markup=False, highlight=False, soft_wrap=True)

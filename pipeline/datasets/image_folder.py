@@ -2,29 +2,36 @@
 
 SOURCE/CLASS/*.png            one group, "all"
 SOURCE/GROUP/CLASS/*.jpg      groups are kept whole by the split `group`
+
+What cannot be used (broken files, empty folders, links in a circle, names that are none) is counted and left out.
 """
 
 from __future__ import annotations
 
+import io
+import itertools
+import os
+import stat
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
-import numpy as np
+from PIL import Image
 from pydantic import Field
 
-from pipeline.datasets.preprocessing import (
-    IMAGE_SUFFIXES,
-    Preprocessing,
-    open_picture,
-    pictures_in,
-    readable,
-)
-from pipeline.datasets.source import Problem, RawClass, Source
+from pipeline.datasets.labels import check_names
+from pipeline.datasets.preprocessing import IMAGE_SUFFIXES, Preprocessing, open_picture, pictures_in, readable
+from pipeline.datasets.source import Examples, Problem, RawClass, Source
 from pipeline.datasets.sources import FolderOptions
 from pipeline.datasets.splits import group_split, random_split
 from pipeline.errors import DataError
 from pipeline.types import Split
+
+ENCODED = ("PNG", "JPEG", "WEBP")  # kept as they are where pictures stay encoded; others become PNG
+MAX_ENCODED_BYTES = 32 << 20
+OTHER_SUFFIXES = (".heic", ".heif", ".avif", ".jxl", ".jp2", ".svg", ".psd", ".cr2", ".nef", ".dng", ".eps", ".ppm")
+LOOKED_AT = 20  # pictures of each class whose size and mode are counted
 
 
 class ImageFolderOptions(FolderOptions):
@@ -33,28 +40,50 @@ class ImageFolderOptions(FolderOptions):
     directory: Path | None = Field(None, description="Folder that holds a folder of pictures per class.")
     kind: Literal["drawing", "photo"] = Field("drawing", description="drawing: grey, ink high. photo: RGB.")
     size: int = Field(28, ge=8, le=1024, description="Height and width in pixels.")
+    grey: bool = Field(False, description="photo: one channel (X-rays, microscopes).")
+    encoded: bool = Field(False, description="Keep the files as they are, decoded when drawn: for many large photos.")
 
     def open(self, *, seed: int) -> ImageFolder:
-        channels: Literal[1, 3] = 3 if self.kind == "photo" else 1
+        channels: Literal[1, 3] = 3 if self.kind == "photo" and not self.grey else 1
         preprocessing = Preprocessing(kind=self.kind, size=self.size, channels=channels)
-        return ImageFolder(self.folder(), preprocessing=preprocessing)
+        return ImageFolder(self.folder(), preprocessing=preprocessing, encoded=self.encoded)
 
 
 class ImageFolder(Source):
-    """Raw classes from folders. Raises DataError: no such folder, or no class folders with pictures in it."""
+    """Raw classes from folders. Raises DataError: no such folder, or no class folders with pictures in it.
+
+    encoded: examples are files (PNG, JPEG, WebP) that are preprocessed when they are drawn, and not arrays.
+    """
 
     preprocessing: Preprocessing
 
-    def __init__(self, source: str | Path, *, preprocessing: Preprocessing) -> None:
+    def __init__(self, source: str | Path, *, preprocessing: Preprocessing, encoded: bool = False) -> None:
         self.preprocessing = preprocessing
-        self._classes = class_folders(Path(source))
+        if encoded:
+            self.modality = "encoded_image"
+            self.shape = (preprocessing.size, preprocessing.size, preprocessing.channels)
+        self._classes, self._problems = find_classes(Path(source))
+        if not any(map(pictures_in, self._classes.values())):
+            raise DataError(_no_pictures(Path(source)))
 
     def classes(self) -> Iterator[RawClass]:
+        problems = self._problems
         for name, folder in self._classes.items():
-            yield RawClass(name, _group(name), pictures_in(folder))
+            yield RawClass(name, _group(name), itertools.chain(problems, _items(name, folder)))
+            problems = []
 
-    def read(self, items: Sequence[Path]) -> tuple[np.ndarray, list[Problem]]:
-        return readable(items, open_picture, self.preprocessing)
+    def read(self, items: Sequence[Path]) -> tuple[Examples, list[Problem]]:
+        if self.modality == "image":
+            return readable(items, _open, self.preprocessing)
+        files: list[bytes] = []
+        problems = []
+        for path in items:
+            try:
+                files.append(encoded_picture(path))
+            except DataError as error:
+                name, _, reason = str(error).partition(": ")
+                problems.append(Problem(name, reason))
+        return files, problems
 
     def splits(self, *, seed: int) -> dict[str, dict[str, Split]]:
         groups = {name: _group(name) for name in self._classes}
@@ -63,29 +92,131 @@ class ImageFolder(Source):
             splits["group"] = group_split(groups, seed=seed)
         return splits
 
+    def originals(self) -> Counter[str]:
+        """Size, mode and format of the first pictures of each class, by their headers."""
+        found: Counter[str] = Counter()
+        for folder in self._classes.values():
+            for path in pictures_in(folder)[:LOOKED_AT]:
+                try:
+                    _check_file(path)
+                    with Image.open(path) as picture:
+                        found[f"{picture.width}×{picture.height} {picture.mode} {picture.format}"] += 1
+                except (DataError, OSError, SyntaxError, ValueError, Image.DecompressionBombError):
+                    continue  # counted as a problem when it is read
+        return found
+
 
 def class_folders(source: Path) -> dict[str, Path]:
-    """Class name -> its folder, by name. Raises DataError."""
-    if not source.is_dir():
-        raise DataError(f"{source}: no such folder. Give one that holds a folder of pictures per class.")
-    found: dict[str, Path] = {}
-    for first in _folders_in(source):
-        groups = _folders_in(first)
-        if pictures_in(first) or not groups:
-            found[first.name] = first
-        found.update({f"{first.name}/{second.name}": second for second in groups})
+    """Class name -> its folder, by name, where each must hold pictures and nothing be wrong. Raises DataError."""
+    found, problems = find_classes(source)
     for name, folder in found.items():
         if not pictures_in(folder):  # leaving the class out silently would give answers without it
             raise DataError(
                 f"{folder}: class {name} holds no picture ({', '.join(IMAGE_SUFFIXES)}). Add some, or remove it."
             )
+    if problems:
+        raise DataError(f"{problems[0].item}: {problems[0].reason}.")
     if not found:
-        raise DataError(f"{source}: no folder in it holds pictures. Make one folder per class, named like the class.")
+        raise DataError(_no_pictures(source))
     return found
 
 
-def _folders_in(folder: Path) -> list[Path]:
-    return sorted(p for p in folder.iterdir() if p.is_dir() and not p.name.startswith("."))
+def find_classes(source: Path) -> tuple[dict[str, Path], list[Problem]]:
+    """Class name -> its folder, by name, and what was met on the way. Raises DataError: no such folder."""
+    if not source.is_dir():
+        raise DataError(f"{source}: no such folder. Give one that holds a folder of pictures per class.")
+    found: dict[str, Path] = {}
+    problems: list[Problem] = []
+    for first in _folders_in(source, problems) or ():
+        groups = _folders_in(first, problems)
+        if groups is None:
+            continue
+        if pictures_in(first) or not groups:
+            found[first.name] = first
+        for second in groups:
+            below = _folders_in(second, problems)
+            if below is not None:
+                found[f"{first.name}/{second.name}"] = second
+                problems += [Problem(str(path), "a folder below a class is not read") for path in below]
+    names, odd = check_names(found)
+    return {name: found[name] for name in names}, problems + odd
+
+
+def encoded_picture(path: Path) -> bytes:
+    """A picture's file as it is, if it can be decoded; of other formats than PNG, JPEG and WebP, as PNG.
+
+    Raises DataError as `open_picture` does, and for one of more than MAX_ENCODED_BYTES.
+    """
+    picture = _open(path)
+    content = path.read_bytes()
+    with Image.open(io.BytesIO(content)) as header:
+        kept = header.format in ENCODED
+    if not kept:
+        stream = io.BytesIO()
+        as_png = picture.mode in ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
+        (picture if as_png else picture.convert("RGB")).save(stream, "PNG")
+        content = stream.getvalue()
+    if len(content) > MAX_ENCODED_BYTES:
+        raise DataError(f"{path}: {len(content) >> 20} MiB; an encoded picture may have {MAX_ENCODED_BYTES >> 20}.")
+    return content
+
+
+def _open(path: Path) -> Image.Image:
+    _check_file(path)
+    picture = open_picture(path)
+    if picture.size == (1, 1):
+        raise DataError(f"{path}: a single pixel, with nothing to see in it.")
+    return picture
+
+
+def _check_file(path: Path) -> None:
+    """Raises DataError where nothing can be read. Opening a pipe waits for ever."""
+    try:
+        about = path.stat()
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read ({error.strerror}).") from error
+    if not stat.S_ISREG(about.st_mode):
+        raise DataError(f"{path}: not a file.")
+    if about.st_size == 0:
+        raise DataError(f"{path}: an empty file (0 bytes).")
+
+
+def _items(name: str, folder: Path) -> Iterator[Path | Problem]:
+    """A class's pictures, and files that look like pictures and are not read."""
+    pictures = pictures_in(folder)
+    yield from pictures
+    for path in sorted(folder.iterdir()):
+        if path.suffix.lower() in OTHER_SUFFIXES:
+            yield Problem(str(path), f"{path.suffix} is not read; convert it ({', '.join(IMAGE_SUFFIXES)} are)")
+    if not pictures:
+        yield Problem(str(folder), f"class {name} holds no picture ({', '.join(IMAGE_SUFFIXES)})")
+
+
+def _folders_in(folder: Path, problems: list[Problem]) -> list[Path] | None:
+    """Its folders by name, without hidden ones and links in a circle or to nowhere; None: it cannot be listed."""
+    found = []
+    try:
+        with os.scandir(folder) as listed:
+            entries = sorted((entry for entry in listed if not entry.name.startswith(".")), key=lambda each: each.name)
+    except OSError as error:
+        problems.append(Problem(str(folder), f"cannot be listed ({error.strerror})"))
+        return None
+    for entry in entries:
+        path = Path(entry.path)
+        if entry.is_symlink() and _leads_astray(path):
+            if path.suffix.lower() not in IMAGE_SUFFIXES:  # of pictures, reading will tell
+                problems.append(Problem(str(path), "a link that leads nowhere or back to a folder around it"))
+        elif entry.is_dir():
+            found.append(path)
+    return found
+
+
+def _leads_astray(link: Path) -> bool:
+    return not link.exists() or link.parent.resolve().is_relative_to(link.resolve())
+
+
+def _no_pictures(source: Path) -> str:
+    return f"{source}: no folder in it holds pictures. Make one folder per class, named like the class."
 
 
 def _group(name: str) -> str:

@@ -17,6 +17,7 @@ may reach only 0.65 with its own copy. More blur, finer grids and wider shifts f
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -29,6 +30,7 @@ if TYPE_CHECKING:  # types imports torch: seconds at the start of every drawing 
 
 GRID = 14  # cells per side: 2 pixels of a 28×28 drawing
 MAX_SHIFT = 1  # cells
+BLOCK = 2048  # classes compared at once: memory does not grow with the square of their number
 DEFAULT_THRESHOLD = 0.85
 
 
@@ -61,14 +63,19 @@ def alike(means: Mapping[str, tuple[Split, np.ndarray]], threshold: float = DEFA
         return []
     splits = [means[name][0] for name in names]
     stack = np.stack([means[name][1] for name in names])
-    similar = similarities(stack - stack.mean(axis=0), max_shift=MAX_SHIFT)
-    split_number = np.unique(splits, return_inverse=True)[1]
-    across = np.triu(split_number[:, None] != split_number[None, :])
-    rows, columns = np.nonzero(across & (similar >= threshold))
-    found = [
-        NearDuplicate(names[a], splits[a], names[b], splits[b], round(float(similar[a, b]), 4))
-        for a, b in zip(rows.tolist(), columns.tolist(), strict=True)
-    ]
+    stack -= stack.mean(axis=0)
+    part = np.unique(splits, return_inverse=True)[1]
+    found = []
+    blocks = [np.arange(start, min(start + BLOCK, len(names))) for start in range(0, len(names), BLOCK)]
+    for first, second in itertools.combinations_with_replacement(blocks, 2):
+        members = first if first is second else np.concatenate([first, second])
+        similar = similarities(stack[members], max_shift=MAX_SHIFT)
+        across = np.triu(part[members][:, None] != part[members])
+        if first is not second:  # pairs within each of them are found when it is compared with itself
+            across[: len(first), : len(first)] = across[len(first) :, len(first) :] = False
+        for i, j in np.argwhere(across & (similar >= threshold)).tolist():
+            a, b = int(members[i]), int(members[j])
+            found.append(NearDuplicate(names[a], splits[a], names[b], splits[b], round(float(similar[i, j]), 4)))
     return sorted(found, key=lambda pair: (-pair.similarity, pair.class_a, pair.class_b))
 
 

@@ -17,6 +17,7 @@ from multiprocessing.connection import wait
 from pathlib import Path
 from typing import Any, NamedTuple, TypeAlias
 
+from pipeline.datasets.labels import shown
 from pipeline.datasets.source import Examples, Problem, Source
 from pipeline.errors import DataError, Unfinished
 
@@ -57,7 +58,14 @@ def mark_of(chunk: Chunk) -> str:
 
 
 def read_chunk(source: Source, chunk: Chunk) -> Read:
-    return [source.read(part.items) for part in chunk]
+    return [_read_items(source, part.items) for part in chunk]
+
+
+def _read_items(source: Source, items: list[Any]) -> tuple[Examples, list[Problem]]:
+    """What the source reads of its items, and the problems that there were or stand among them, as plain text."""
+    told = [item for item in items if isinstance(item, Problem)]
+    examples, problems = source.read([item for item in items if not isinstance(item, Problem)])
+    return examples, [Problem(shown(item), shown(reason)) for item, reason in (*told, *problems)]
 
 
 def read_chunks(source: Source, chunks: Iterator[Chunk], *, workers: int | None = None) -> Iterator[tuple[Chunk, Read]]:

@@ -6,7 +6,7 @@ references to its examples, and `read` turns some of them into arrays.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
@@ -49,7 +49,8 @@ class RawClass(NamedTuple):
     group: str  # alphabet, script, domain, clinic
     items: Iterable[Any]
     # light, picklable references to its examples in order: paths, members of archives, ranges of rows. Each stands for
-    # a few MB of examples at most; they are gone through once, so a generator will do for a class of millions.
+    # a few MB of examples at most; they are gone through once, so a generator will do for a class of millions. A
+    # Problem among them is something odd that was met while listing; it is counted, and `read` does not see it.
 
 
 class Problem(NamedTuple):
@@ -83,3 +84,10 @@ class Source(Protocol):
     def splits(self, *, seed: int) -> dict[str, dict[str, Split]]:
         """Name of a class split -> class name -> part; known before the examples are read."""
         ...
+
+    def originals(self) -> Mapping[str, int]:
+        """How often each kind of raw picture (size, mode, format) is met in a sample of each class; for the data card.
+
+        Empty where they are all of one kind, or are no pictures.
+        """
+        return {}

@@ -32,8 +32,12 @@ class SourceOptions(Section):
         """The source. seed: of what it draws. Raises DataError or ConfigError before anything is read at length."""
 
     def record(self) -> dict[str, Any]:
-        """What of the options decides the data set's content, for its manifest. Not where the raw data lay."""
-        return self.model_dump(mode="json", exclude={"directory", "download"})
+        """What of the options decides the data set's content, for its manifest. Not where the raw data lay.
+
+        A switch that is off is not mentioned, so that a new one leaves older data sets as they were.
+        """
+        told = self.model_dump(mode="json", exclude={"directory", "download"})
+        return {name: value for name, value in told.items() if value is not None and value is not False}
 
 
 class FolderOptions(SourceOptions):
@@ -93,6 +97,17 @@ SOURCES = {
     "images": Entry(
         "Your own pictures: DIR/CLASS/* or DIR/GROUP/CLASS/*.", "pipeline.datasets.image_folder:ImageFolderOptions"
     ),
+    "mnist": Entry("MNIST's official files: digits.", "pipeline.datasets.mnist:MnistOptions"),
+    "fashion-mnist": Entry("Fashion-MNIST's official files: clothing.", "pipeline.datasets.mnist:FashionMnistOptions"),
+    "kmnist": Entry("KMNIST's official files: cursive Japanese.", "pipeline.datasets.mnist:KmnistOptions"),
+    "cifar-fs": Entry("CIFAR-100 in the split of Bertinetto et al. 2019.", "pipeline.datasets.cifar:CifarFSOptions"),
+    "fc100": Entry(
+        "CIFAR-100 by superclass: the split of Oreshkin et al. 2018.", "pipeline.datasets.cifar:FC100Options"
+    ),
+    "mini-imagenet": Entry(
+        "Ravi and Larochelle's lists with images, or the caches.", "pipeline.datasets.mini_imagenet:MiniImageNetOptions"
+    ),
+    "fake": Entry("Pictures of noise, for a first try.", "pipeline.datasets.fake:FakeOptions"),
 }
 
 

@@ -20,6 +20,8 @@ FORBIDDEN = {
     *("os.system", "os.popen", "subprocess.getoutput", "subprocess.getstatusoutput"),
     *("torch.jit.load", "torch.package.PackageImporter", "torch.hub.load", "torch.serialization.add_safe_globals"),
 }
+# Where a forbidden name may stand all the same.
+EXCEPT = {"pipeline/datasets/array_pickles.py": "pickle.Unpickler"}  # a subclass that admits arrays: test_raw_files.py
 
 
 def found_in(source: str) -> Iterator[str]:
@@ -68,7 +70,8 @@ def found_in(source: str) -> Iterator[str]:
 
 @pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(REPOSITORY)))
 def test_nothing_dangerous_is_called(path: Path) -> None:
-    assert list(found_in(path.read_text(encoding="utf-8"))) == []
+    allowed = EXCEPT.get(str(path.relative_to(REPOSITORY)), "nothing")
+    assert [found for found in found_in(path.read_text(encoding="utf-8")) if not found.endswith(f": {allowed}")] == []
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from jobs import data
 from pipeline.datasets import sources
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, DataError
 
 
 def picture_folders(root: Path, classes: int = 3, count: int = 4) -> Path:
@@ -61,3 +61,47 @@ def test_the_folder_is_an_argument_or_an_option_but_not_two_places(tmp_path: Pat
     missing = run("images", "--out", tmp_path / "none")
     assert "DIR is missing" in str(missing.exception)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["0", "1", "mine"]
+
+
+def test_the_command_counts_what_it_left_out_and_writes_the_card(tmp_path: Path) -> None:
+    folder = picture_folders(tmp_path / "mine", classes=6)
+    (folder / "kind1" / "broken.png").write_bytes(b"no picture")
+    (folder / "kind2" / "x.png").write_bytes((folder / "kind1" / "0.png").read_bytes())
+    (folder / "empty").mkdir()
+    lists = tmp_path / "lists.csv"
+    lists.write_text("kind0,train\nkind1,train\nkind2,val\nkind3,test\nkind4,test\nempty,test\nkind5,val\n")
+    arguments = ("images", folder, "--out", tmp_path / "out", "--class-lists", lists, "--all-test", "--workers", 1)
+    answer = run(*arguments, "--json")
+    assert answer.exit_code == 0, answer.output
+    content = json.loads(answer.stdout)
+    assert (content["problems"], content["classes_left_out"], content["classes"]) == (2, 1, 6)
+    assert content["classes_by_split"]["lists"] == {"meta_train": 2, "meta_val": 2, "meta_test": 2}
+    assert content["classes_by_split"]["all_test"] == {"meta_test": 6}
+    assert content["leaks"]["lists"]["identical"] == 1
+    assert {path.name for path in (tmp_path / "out").iterdir()} == {
+        *("dataset.json", "shards"),
+        *("DATASET.md", "DATASET.png", "DATASET-statistics.json"),
+    }
+    shown = run(*arguments, "--overwrite")
+    text = " ".join(shown.stdout.split())
+    assert "2 items were odd or could not be read (--strict refuses them)" in text
+    assert "1 classes had too few examples and were left out: empty" in text
+    refused = run(*arguments, "--overwrite", "--strict")
+    assert isinstance(refused.exception, DataError)
+    assert "broken.png: not a picture" in str(refused.exception)
+    (tmp_path / "out" / "DATASET.md").unlink()
+    assert run(*arguments, "--reuse").exit_code == 0, "a refusal took the data set that was there"
+    assert (tmp_path / "out" / "DATASET.md").is_file()
+    other = run(*arguments, "--reuse", "--shares", "60,20,20")
+    assert "shares None and not 60,20,20" in str(other.exception)
+    assert run("images", folder, "--out", tmp_path / "bare", "--no-card").exit_code == 0
+    assert {path.name for path in (tmp_path / "bare").iterdir()} == {"dataset.json", "shards"}
+    again = CliRunner().invoke(data.app, ["card", str(tmp_path / "bare"), "--json"])
+    assert json.loads(again.stdout)["leaks"]["random"].keys() == {"identical", "near"}
+
+
+@pytest.mark.parametrize("shares", ["60,20", "a,b,c", "0,0,0", "-1,1,1", "60;20;20"])
+def test_shares_that_are_none(shares: str, tmp_path: Path) -> None:
+    answer = run("images", picture_folders(tmp_path / "mine"), "--out", tmp_path / "out", f"--shares={shares}")
+    assert isinstance(answer.exception, ConfigError)
+    assert f"--shares {shares}: give three whole numbers" in str(answer.exception)

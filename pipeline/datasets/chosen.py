@@ -1,0 +1,76 @@
+"""A source with the class splits that the user asked for."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pipeline.datasets.class_lists import by_lists, read_class_lists
+from pipeline.datasets.source import Examples, Problem, RawClass, Source
+from pipeline.datasets.splits import all_in, group_split, random_split
+from pipeline.types import Split
+
+LISTED, ALL_TEST = "lists", "all_test"
+
+
+class Chosen(Source):
+    """`source` with other class splits beside or in the place of its own. It reads the same examples.
+
+    shares: of the classes (or exactly so many) for the three parts, in `random` and, with three groups or more, in
+    `group`. lists: a file or folder (see `class_lists`) for the split `lists`; classes that are not in it are left out
+    of the data set, each counted as a problem. all_test: a split in which every class is in meta_test.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        *,
+        shares: tuple[int, int, int] | None = None,
+        lists: Path | None = None,
+        all_test: bool = False,
+    ) -> None:
+        """Raises DataError: lists that are none, or name what is not there."""
+        self.source = source
+        self.modality, self.preprocessing = source.modality, source.preprocessing
+        self.columns, self.shape = source.columns, source.shape
+        self._shares, self._all_test = shares, all_test
+        self._lists = str(lists)
+        self._listed: Mapping[str, Split] | None = None
+        if lists is not None:
+            given = read_class_lists(lists)
+            self._listed = by_lists(self._groups(), given, source=self._lists)
+
+    def classes(self) -> Iterator[RawClass]:
+        problems: list[Problem] = []
+        if self._listed is not None:
+            unlisted = [name for name in self._groups() if name not in self._listed]
+            problems = [Problem(f"class {name}", f"is not in {self._lists}, so it is left out") for name in unlisted]
+        for raw in self.source.classes():
+            if self._listed is None or raw.name in self._listed:
+                yield raw._replace(items=itertools.chain(problems, raw.items)) if problems else raw
+                problems = []
+
+    def read(self, items: Sequence[Any]) -> tuple[Examples, list[Problem]]:
+        return self.source.read(items)
+
+    def splits(self, *, seed: int) -> dict[str, dict[str, Split]]:
+        splits = self.source.splits(seed=seed)
+        if self._shares is not None or self._all_test:
+            groups = self._groups()
+            if self._shares is not None:
+                splits["random"] = random_split(list(groups), seed=seed, shares=self._shares)
+                if len(set(groups.values())) >= 3:
+                    splits["group"] = group_split(groups, seed=seed, shares=self._shares)
+            if self._all_test:
+                splits[ALL_TEST] = all_in(groups)
+        if self._listed is not None:
+            splits[LISTED] = dict(self._listed)
+        return splits
+
+    def originals(self) -> Mapping[str, int]:
+        return self.source.originals()
+
+    def _groups(self) -> dict[str, str]:
+        return {raw.name: raw.group for raw in self.source.classes()}

@@ -1,0 +1,195 @@
+"""What a prepared data set holds: statistics of its examples by class, and examples that are there twice.
+
+One pass over the shards, a few MB at a time; what is kept does not grow with the examples (see `duplicates`).
+"""
+
+from __future__ import annotations
+
+import io
+from collections import Counter
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+from pipeline.datasets.duplicates import Digests, Leaks, Likeness
+from pipeline.datasets.preprocessing import Preprocessing, decode_picture
+from pipeline.datasets.source import Examples
+from pipeline.errors import DataError
+from pipeline.storage import Location
+from pipeline.tasks import shards
+from pipeline.types import SPLITS
+
+NEAR_EXAMPLES = 50_000  # pictures that are compared for likeness, evenly from all classes
+DECODED = 20  # encoded pictures of each class that are decoded
+
+
+class ClassStatistics(NamedTuple):
+    """One class.
+
+    mean, std: of pictures, by channel, of the pixels in [0, 1]; of vectors, by column, without what is missing; of
+    texts, of their lengths in characters.
+    """
+
+    name: str
+    group: str
+    examples: int
+    mean: list[float]
+    std: list[float]
+
+
+class Survey(NamedTuple):
+    """What was found."""
+
+    classes: list[ClassStatistics]
+    mean: list[float]  # over all examples
+    std: list[float]
+    missing: list[float]  # of vectors: the share of the examples without a value, by column
+    sizes: Counter[tuple[int, int]]  # width and height of encoded pictures, of those that were decoded
+    copies_within: int  # examples that are identical to another of their class
+    copies_across: int  # … to one of another class
+    identical: dict[str, Leaks]  # by class split: examples of later parts that are in an earlier one as well
+    near: dict[str, Leaks]  # the same of examples that look or read the same and are not identical
+    compared: float  # share of the examples that were compared for identity
+    near_compared: int  # pictures that were compared for likeness
+
+
+def survey(
+    folder: str | Location, manifest: shards.Manifest, *, progress: Callable[[int], None] = lambda _: None
+) -> Survey:
+    """Look at every example of a data set. progress: told how many classes are done. Raises DataError."""
+    digests = Digests(manifest.num_examples, texts=manifest.modality == "text")
+    likeness = Likeness()
+    per_class = max(2, NEAR_EXAMPLES // len(manifest.classes))
+    classes: list[ClassStatistics] = []
+    whole = Moments()
+    sizes: Counter[tuple[int, int]] = Counter()
+    with shards.ShardReader(folder, manifest) as reader:
+        for class_id, entry in enumerate(manifest.classes):
+            moments = Moments()
+            seen = 0
+            for part in reader.parts(class_id):
+                hashes = digests.add(class_id, seen, part)
+                if manifest.modality in ("image", "encoded_image"):
+                    pictures, which = _pictures(manifest, part, max(0, DECODED - seen), sizes)
+                    moments.add(pictures)
+                    wanted = which[: max(0, per_class - seen)]
+                    if len(wanted):
+                        likeness.add(class_id, seen + wanted, pictures[: len(wanted)], hashes[wanted])
+                else:
+                    moments.add(_values(part))
+                seen += len(part)
+            classes.append(ClassStatistics(entry.name, entry.group, entry.count, moments.means(), moments.stds()))
+            whole.join(moments)
+            progress(class_id + 1)
+    names = [entry.name for entry in manifest.classes]
+    within, across = digests.copies()
+    pairs, rows = likeness.pairs() if likeness.compared else (None, None)
+    identical: dict[str, Leaks] = {}
+    near: dict[str, Leaks] = {}
+    for split in manifest.splits:
+        parts = np.array([SPLITS.index(entry.splits[split]) for entry in manifest.classes])
+        identical[split], texts = digests.leaks(names, parts)
+        if texts is not None:
+            near[split] = texts
+        elif pairs is not None and rows is not None:
+            near[split] = likeness.leaks(names, parts, pairs, rows)
+    return Survey(
+        classes=classes,
+        mean=whole.means(),
+        std=whole.stds(),
+        missing=whole.missing() if manifest.modality == "vector" else [],
+        sizes=sizes,
+        copies_within=within,
+        copies_across=across,
+        identical=identical,
+        near=near,
+        compared=digests.share,
+        near_compared=likeness.compared,
+    )
+
+
+class Moments:
+    """Mean and variance by the last axis of what is added, part by part (Chan, Golub, LeVeque 1983); NaN is left out.
+
+    Pictures (uint8) count in [0, 1].
+    """
+
+    def __init__(self) -> None:
+        self._rows = 0
+        self._count: np.ndarray | float = 0.0
+        self._mean: np.ndarray | float = 0.0
+        self._squares: np.ndarray | float = 0.0  # summed squares of what differs from the mean
+
+    def add(self, values: np.ndarray) -> None:
+        """[…, D], float or uint8."""
+        flat = values.reshape(-1, values.shape[-1])
+        if not len(flat):
+            return
+        part = Moments()
+        part._rows = len(flat)
+        if flat.dtype == np.uint8:  # by how often each of the 256 values is there: exact, and without copies
+            levels = np.arange(256) / 255
+            times = np.stack([np.bincount(channel, minlength=256) for channel in flat.T]).astype(np.float64)
+            part._count = times.sum(axis=1)
+            part._mean = times @ levels / part._count
+            part._squares = (times * np.square(levels - part._mean[:, None])).sum(axis=1)
+        else:
+            there = ~np.isnan(flat)
+            part._count = there.sum(axis=0).astype(np.float64)
+            wide = np.where(there, flat, 0).astype(np.float64)
+            part._mean = wide.sum(axis=0) / np.maximum(part._count, 1)
+            part._squares = np.square(np.where(there, wide - part._mean, 0)).sum(axis=0)
+        self.join(part)
+
+    def join(self, other: Moments) -> None:
+        """As if what was added to `other` had been added here."""
+        count = self._count + other._count
+        apart = other._mean - self._mean
+        weight = other._count / np.maximum(count, 1)
+        self._squares = self._squares + other._squares + np.square(apart) * self._count * weight
+        self._mean = self._mean + apart * weight
+        self._count, self._rows = count, self._rows + other._rows
+
+    def means(self) -> list[float]:
+        return _rounded(self._mean)
+
+    def stds(self) -> list[float]:
+        return _rounded(np.sqrt(self._squares / np.maximum(self._count, 1)))
+
+    def missing(self) -> list[float]:
+        """Share of the rows without a value, by column."""
+        return _rounded(1 - self._count / max(self._rows, 1))
+
+
+def _rounded(values: np.ndarray | float) -> list[float]:
+    return [float(f"{value:.6g}") for value in np.atleast_1d(values).tolist()]
+
+
+def _pictures(
+    manifest: shards.Manifest, part: Examples, left: int, sizes: Counter[tuple[int, int]]
+) -> tuple[np.ndarray, np.ndarray]:
+    """uint8 [n, H, W, C] and their numbers [n] in the part: all images, or the first `left` encoded ones.
+
+    Of these, those that can be decoded; their sizes are counted.
+    """
+    if isinstance(part, np.ndarray):
+        return part, np.arange(len(part))
+    preprocessing = Preprocessing.model_validate(manifest.preprocessing)
+    images, which = [], []
+    for number, content in enumerate(part[:left]):
+        try:
+            picture = decode_picture(io.BytesIO(content), name="an encoded picture")  # type: ignore[arg-type]
+        except DataError:
+            continue  # what it is counted as stands in the manifest, or its reader will say so
+        sizes[picture.size] += 1
+        images.append(preprocessing(picture))
+        which.append(number)
+    return np.stack(images) if images else np.empty((0, *manifest.shape), np.uint8), np.array(which, np.int64)
+
+
+def _values(part: Examples) -> np.ndarray:
+    """Of examples that are no pictures: [n, D], a text's length for it."""
+    if isinstance(part, np.ndarray):
+        return part
+    return np.array([[len(text)] for text in part], dtype=np.float64).reshape(-1, 1)

@@ -1,0 +1,128 @@
+"""Class splits that the user gives: lists, shares, everything in meta_test."""
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pipeline.datasets.chosen import Chosen
+from pipeline.datasets.class_lists import by_lists, read_class_lists
+from pipeline.datasets.prepare import prepare
+from pipeline.datasets.preprocessing import Preprocessing
+from pipeline.datasets.source import Problem, RawClass, Source
+from pipeline.datasets.splits import random_split
+from pipeline.errors import DataError
+from pipeline.tasks import shards
+from pipeline.types import Split
+
+BIRDS = {"birds/owl": "birds", "birds/tit": "birds", "fish/cod": "fish", "fish/eel": "fish", "apes/orang": "apes"}
+
+
+class Plain(Source):
+    preprocessing = Preprocessing(kind="photo", size=8)
+
+    def classes(self) -> Iterator[RawClass]:
+        return (RawClass(name, group, [1, 2]) for name, group in BIRDS.items())
+
+    def read(self, items: Any) -> tuple[np.ndarray, list[Problem]]:
+        return np.full((len(items), 8, 8, 1), 7, np.uint8), []
+
+    def splits(self, *, seed: int) -> dict[str, dict[str, Split]]:
+        return {"random": random_split(list(BIRDS), seed=seed)}
+
+
+def written(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "birds,train\nfish/cod,val\nfish/eel,test\napes,meta_test\n",
+        "class,part\r\nbirds,train\r\n\r\nfish/cod , validation\r\nfish/eel,test\r\napes,test\r\n",
+        "﻿class\tsplit\nbirds\tmeta_train\nfish/cod\tdev\nfish/eel\ttest\napes\ttest",
+    ],
+)
+def test_a_file_of_classes_and_groups_with_their_parts(text: str, tmp_path: Path) -> None:
+    lists = read_class_lists(written(tmp_path / "lists.csv", text))
+    assert by_lists(BIRDS, lists, source="lists.csv") == {
+        "birds/owl": "meta_train",
+        "birds/tit": "meta_train",
+        "fish/cod": "meta_val",
+        "fish/eel": "meta_test",
+        "apes/orang": "meta_test",
+    }
+
+
+def test_a_file_for_each_part(tmp_path: Path) -> None:
+    written(tmp_path / "train.txt", "birds/owl\n\nbirds/tit\n")
+    written(tmp_path / "val.csv", "filename,label\n1.jpg,fish\n2.jpg,fish\n")
+    written(tmp_path / "test.txt", "apes\n")
+    written(tmp_path / "notes.txt", "nothing to do with it")
+    assert read_class_lists(tmp_path) == {
+        "birds/owl": "meta_train",
+        "birds/tit": "meta_train",
+        "fish": "meta_val",
+        "apes": "meta_test",
+    }
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("birds,trian\n", r"lists\.csv, line 1: write a class and its part"),
+        ("birds,train\nfish\n", "line 2: write a class and its part"),
+        (",train\n", "line 1: write a class"),
+        ("birds,train\nbirds,test\n", "line 2: birds is in meta_train already"),
+        ("", "names no classes"),
+        ("class,part\n", "names no classes"),
+        ('"birds,train\n', "line 1: write"),
+    ],
+)
+def test_lists_that_are_none(text: str, says: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=says):
+        read_class_lists(written(tmp_path / "lists.csv", text))
+
+
+def test_places_that_hold_no_lists(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="nowhere: no such file or folder"):
+        read_class_lists(tmp_path / "nowhere")
+    with pytest.raises(DataError, match=r"holds no train\.txt"):
+        read_class_lists(tmp_path)
+    (tmp_path / "train.txt").write_bytes(b"\xff\xfe\xff")
+    with pytest.raises(DataError, match="cannot be read as text"):
+        read_class_lists(tmp_path)
+    with pytest.raises(DataError, match=r"lists: birds/own: not in the raw data \(did you mean birds/owl\?\)"):
+        by_lists(BIRDS, {"birds/own": "meta_test"}, source="lists")
+
+
+def test_unlisted_classes_are_left_out_and_told_of(tmp_path: Path) -> None:
+    lists = written(tmp_path / "lists.csv", "birds/owl,train\nbirds/tit,val\nfish,test\n")
+    chosen = Chosen(Plain(), lists=lists)
+    manifest, _ = prepare(chosen, tmp_path / "out", record={}, workers=1)
+    shards.verify(tmp_path / "out", manifest)
+    assert manifest.splits == ["random", "lists"]
+    assert Counter(entry.splits["lists"] for entry in manifest.classes) == {
+        "meta_train": 1,
+        "meta_val": 1,
+        "meta_test": 2,
+    }
+    assert "apes/orang" not in {entry.name for entry in manifest.classes}
+    assert manifest.source["problems"]["first"] == [["class apes/orang", f"is not in {lists}, so it is left out"]]
+    with pytest.raises(DataError, match="apes/orang: is not in"):
+        prepare(chosen, tmp_path / "strict", record={}, workers=1, strict=True)
+
+
+def test_shares_and_all_test() -> None:
+    splits = Chosen(Plain(), shares=(3, 1, 1), all_test=True).splits(seed=0)
+    assert Counter(splits["random"].values()) == {"meta_train": 3, "meta_val": 1, "meta_test": 1}
+    assert set(splits["all_test"].values()) == {"meta_test"}
+    of_group = {BIRDS[name]: part for name, part in splits["group"].items()}
+    assert set(of_group.values()) == {"meta_train", "meta_val", "meta_test"}
+    assert all(of_group[BIRDS[name]] == part for name, part in splits["group"].items())
+    assert Chosen(Plain()).splits(seed=3) == Plain().splits(seed=3)
