@@ -2,34 +2,30 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
-
 import numpy as np
-from typer.testing import CliRunner
 
-from jobs import data
-from pipeline.tasks import shards
+from pipeline.datasets import sources
 
 
-def test_every_drawing_is_the_librarys(tmp_path: Path) -> None:
+def test_every_drawing_is_the_librarys() -> None:
     from sklearn.datasets import load_digits
 
-    answer = CliRunner().invoke(data.app, ["prepare", "digits", "--size", "8", "--out", str(tmp_path / "d"), "--json"])
-    assert answer.exit_code == 0, answer.output
-    told = json.loads(answer.stdout)
-    assert (told["classes"], told["examples"], told["shape"]) == (10, 1797, [8, 8, 1])
-    manifest = shards.verify(tmp_path / "d")
-    assert manifest.splits == ["all_test"]
-    assert len(manifest.members("all_test", "meta_test")) == 10
-    digits = load_digits()
-    with shards.ShardReader(tmp_path / "d", manifest) as reader:
-        for digit, name in ((0, "zero"), (7, "seven")):
-            number = next(i for i, entry in enumerate(manifest.classes) if entry.name == name)
-            ours = reader.read_class(number)[..., 0].astype(float)
-            theirs = digits.images[digits.target == digit]
-            assert ours.shape == theirs.shape
-            assert ours.max(axis=(1, 2)).tolist() == [255] * len(ours), "contrast is stretched"
-            inside = theirs.min(axis=(1, 2)) == 0
-            stretched = theirs * 255 / theirs.max(axis=(1, 2), keepdims=True)
-            assert float(np.abs(ours - stretched)[inside].max()) < 2
+    source, shipped = sources.read_options("digits", {"size": 8}).open(seed=0), load_digits()
+    classes = list(source.classes())
+    assert [raw.name for raw in classes][:2] == ["zero", "one"]
+    assert source.splits(seed=0) == {"all_test": {raw.name: "meta_test" for raw in classes}}
+    rows = [list(raw.items) for raw in classes]
+    assert sorted(row for items in rows for row in items) == list(range(1797))
+    for digit, items in enumerate(rows):
+        assert set(shipped.target[items]) == {digit}
+        ours, problems = source.read(items)
+        assert isinstance(ours, np.ndarray)
+        assert not problems
+        assert ours.shape == (len(items), 8, 8, 1)
+        assert (ours.max(axis=(1, 2, 3)) == 255).all(), "contrast is stretched"
+        theirs = shipped.images[items]
+        ink = theirs.min(axis=(1, 2)) == 0
+        stretched = theirs * 255 / theirs.max(axis=(1, 2), keepdims=True)
+        assert float(np.abs(ours[..., 0] - stretched)[ink].max()) < 2
+    large, _ = sources.read_options("digits", {}).open(seed=0).read(rows[3][:2])
+    assert np.shape(large) == (2, 28, 28, 1)

@@ -86,6 +86,7 @@ def test_episodes_that_memory_does_not_hold_are_scored_in_smaller_chunks(tiny_da
 
 def varying(folder: Path, data: Path, **training: object) -> Experiment:
     content = experiment(folder, data, **{"backend": "local", "steps": 3, "validate_every": 3, **training}).to_dict()
+    content["model"] = {"name": "mlp", "hidden": [8]}
     content["task"] |= {"n_query": 3, "eval_n_query": 3, "variable": {"least_n_way": 2, "evaluation": True}}
     return experiments.from_dict(content, source="test")
 

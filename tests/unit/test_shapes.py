@@ -87,6 +87,14 @@ def test_a_slot_depends_on_no_other_and_has_the_classes_of_fixed_shapes(problem:
         assert torch.equal(ours, theirs)
 
 
+def test_weights_draw_the_classes_that_they_draw_for_fixed_shapes() -> None:
+    weights = torch.tensor([1.0, 5.0, 1.0, 20.0, 3.0, 1.0], dtype=torch.float64)
+    address: dict[str, Any] = {"seed": 3, "split": "meta_train", "step": 9, "slots": torch.arange(50)}
+    address |= {"class_counts": torch.full((6,), 12), "class_weights": weights}
+    ours = sample_unequal(**address, smallest=12, largest=12, shape=Shape(3, 10, 2))
+    assert torch.equal(ours.classes, sample_indices(**address, n_way=3, k_shot=1, n_query=2).classes)
+
+
 @settings(max_examples=200, deadline=None)
 @given(
     rooms=st.lists(st.integers(0, 40), min_size=2, max_size=8),
