@@ -154,7 +154,11 @@ class ClassCache:
             more = min(self._readers - self._reading, len(self._queue))
             self._reading += max(more, 0)
         for _ in range(more):
-            threading.Thread(target=self._read_ahead, name="read-ahead").start()
+            try:
+                threading.Thread(target=self._read_ahead, name="read-ahead").start()
+            except RuntimeError:  # there is no room for a thread: who needs a class reads it
+                with self._lock:
+                    self._reading -= 1
 
     def _read_ahead(self) -> None:
         """Until nothing is expected that is not there, or the program ends."""

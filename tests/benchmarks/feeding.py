@@ -4,9 +4,9 @@
     python -m tests.benchmarks.feeding               # all of it; or some: --parts episodes mapped feeding workers start
 
 Parts: `episodes` indices drawn and uint8 rows gathered in memory (5-way × 16 images, one core); `mapped` the same of
-84×84×3 images from memory-mapped shards, written here with random pixels; `feeding` the share of a step's time that
-drawing its episodes takes; `workers` the all-reduce of conv4's gradient and tasks/s over 1, 2 and 4 one-thread
-processes at equal global batch; `start` from a command to its help or to its first outer step.
+84×84×3 images from memory-mapped shards, written here with random pixels, and its share of a step; `feeding` the share
+of a step's time that drawing its episodes takes; `workers` the all-reduce of conv4's gradient and tasks/s over 1, 2 and
+4 one-thread processes at equal global batch; `start` from a command to its help or to its first outer step.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from pipeline import experiment as experiments
@@ -34,14 +33,15 @@ from pipeline.training.collectives import all_reduce_sums
 from pipeline.training.context import Context, LocalContext, run_processes
 from pipeline.training.memory import keep_freed_memory
 from pipeline.training.step import global_gradient, slots_of_rank
-from pipeline.types import SPLITS, MetaState, TaskBatch
+from pipeline.types import MetaState, TaskBatch
 from tests.benchmarks import measuring, report
+from tests.benchmarks.larger_than_memory import write_random_images
 from tests.benchmarks.measuring import Quartiles, quartiles
 
 META_BATCH, WARM_UP, STEPS = 32, 2, 5
 IN_A_ROW = 32  # outer steps of one measurement of episodes a second
 WORKERS = (1, 2, 4)
-MAPPED_CLASSES, MAPPED_EXAMPLES, MAPPED_SIZE = 30, 600, 84  # 20 classes to train with, as large as mini-ImageNet's
+MAPPED_CLASSES, MAPPED_HELD_OUT = 30, 5  # 20 classes to train with, as large as mini-ImageNet's
 START_LIMIT = 300.0  # seconds to wait for a first step
 
 Result = tuple[str, Quartiles, str]  # what, how much, unit
@@ -97,7 +97,7 @@ def _rate_of_steps(step: Callable[[int], Any], count: int) -> Quartiles:
 def mapped(data: Path) -> Iterator[Result]:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "images"
-        _write_random_images(folder)
+        write_random_images(folder, MAPPED_CLASSES, held_out=MAPPED_HELD_OUT)
         task = {**IMAGES, "memory_limit_mb": 0}
         _, parts = _built(folder, task=task, model=STRIDED)
         slots = torch.arange(META_BATCH // 2)
@@ -107,16 +107,8 @@ def mapped(data: Path) -> Iterator[Result]:
         yield "mapped 84×84×3, the first 16, decoded and checked", Quartiles(first, first, first), "episodes/s"
         again = _rate_of_steps(lambda step: parts.family.sample("meta_train", step, slots, seed=0), len(slots))
         yield "mapped 84×84×3, afterwards, converted to float32", again, "episodes/s"
-
-
-def _write_random_images(folder: Path) -> None:
-    random = np.random.default_rng(0)
-    names = [f"random/{number:02d}" for number in range(MAPPED_CLASSES)]
-    shape = (MAPPED_EXAMPLES, MAPPED_SIZE, MAPPED_SIZE, 3)
-    classes = (shards.ClassExamples(name, "random", random.integers(0, 256, shape, np.uint8)) for name in names)
-    in_training = 2 * MAPPED_CLASSES // 3
-    parts = {name: SPLITS[0] if i < in_training else SPLITS[1 + i % 2] for i, name in enumerate(names)}
-    shards.write(folder, classes, splits={"random": parts}, source={"name": "random"}, preprocessing={})
+        for name, model in {"conv4 strided": STRIDED, "conv4 pool": {"name": "conv4"}}.items():
+            yield from _share(f"mapped 84×84×3, {name}, 4 tasks", folder, task=task, model=model, batch=4)
 
 
 def feeding(data: Path) -> Iterator[Result]:
@@ -127,18 +119,23 @@ def feeding(data: Path) -> Iterator[Result]:
         "sinusoid MLP, 25 tasks": {"task": {"family": "sinusoid"}, "model": {"name": "mlp"}, "batch": 25},
     }
     for name, parts in settings.items():
-        draw, compute = _draw_and_compute(LocalContext(), _experiment(data, **parts))
-        draws, computes = [], []
-        for step in range(WARM_UP + STEPS):
-            began = time.perf_counter()
-            batch = draw(step)
-            drawn = time.perf_counter()
-            compute(batch, step)
-            draws.append(drawn - began)
-            computes.append(time.perf_counter() - drawn)
-        share = [100 * d / (d + c) for d, c in zip(draws[WARM_UP:], computes[WARM_UP:], strict=True)]
-        yield f"drawing episodes, {name}", quartiles(share), "% of the step"
-        yield f"drawing episodes, {name}", quartiles([1000 * d for d in draws[WARM_UP:]]), "ms"
+        yield from _share(name, data, **parts)
+
+
+def _share(name: str, data: Path, **parts: Any) -> Iterator[Result]:
+    """What drawing takes of a step, one after the other; training draws mapped images while a step computes."""
+    draw, compute = _draw_and_compute(LocalContext(), _experiment(data, **parts))
+    draws, computes = [], []
+    for step in range(WARM_UP + STEPS):
+        began = time.perf_counter()
+        batch = draw(step)
+        drawn = time.perf_counter()
+        compute(batch, step)
+        draws.append(drawn - began)
+        computes.append(time.perf_counter() - drawn)
+    share = [100 * d / (d + c) for d, c in zip(draws[WARM_UP:], computes[WARM_UP:], strict=True)]
+    yield f"drawing episodes, {name}", quartiles(share), "% of the step"
+    yield f"drawing episodes, {name}", quartiles([1000 * d for d in draws[WARM_UP:]]), "ms"
 
 
 def _draw_and_compute(

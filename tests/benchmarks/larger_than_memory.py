@@ -48,17 +48,20 @@ from tests.benchmarks.measuring import quartiles
 
 EXAMPLES, SIZE = 600, 84
 CLASS_BYTES = EXAMPLES * SIZE * SIZE * 3
-HELD_OUT = 16  # classes of validation and of test
+HELD_OUT = 16  # classes of validation, and of test
 WAITED = 0.001  # seconds: less is the queue's own
 SAMPLE_SECONDS = 0.25
 
 
-def write_random_images(folder: Path, classes: int, *, examples: int = EXAMPLES, size: int = SIZE) -> shards.Manifest:
+def write_random_images(
+    folder: Path, classes: int, *, held_out: int = HELD_OUT, examples: int = EXAMPLES, size: int = SIZE
+) -> shards.Manifest:
     """Random pixels of every class, from few random numbers: what is measured is reading and not drawing them."""
     base = np.random.default_rng(0).integers(0, 256, (examples, size, size, 3), np.uint8)
     names = [f"random/{number:05d}" for number in range(classes)]
-    held_out: list[Split] = [SPLITS[1 + i % 2] for i in range(2 * HELD_OUT)]
-    parts = {name: (SPLITS[0] if i >= len(held_out) else held_out[i]) for i, name in enumerate(names)}
+    parts: dict[str, Split] = {
+        name: SPLITS[0] if i >= 2 * held_out else SPLITS[1 + i % 2] for i, name in enumerate(names)
+    }
 
     def each() -> Iterator[shards.ClassExamples]:
         for number, name in enumerate(names):

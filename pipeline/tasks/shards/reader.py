@@ -182,7 +182,7 @@ class ShardReader:
         modality = self.manifest.modality
         columns = ["class_id", COLUMN[modality]]
         if self._fixed:
-            table = file.read_row_group(row_group, columns=columns)
+            table = file.read_row_group(row_group, columns=columns, use_threads=self._keeps)
             examples = from_arrow(modality, self.manifest.shape, table.column(columns[1]))
         else:
             if row_group >= file.num_row_groups:
