@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from pipeline.datasets.source import Column
 from pipeline.errors import DataError
 from pipeline.tasks import shards
-from pipeline.tasks.shards import ClassExamples, reader
+from pipeline.tasks.shards import ClassExamples, bounds, reader
 from pipeline.tasks.shards.examples import ExamplesDigest
 from pipeline.types import SPLITS
 
@@ -163,7 +163,7 @@ def test_a_row_group_that_is_too_large_is_refused(
     prepared: tuple[Path, shards.Manifest, list[Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out, manifest, _ = prepared
-    monkeypatch.setattr(reader, "MAX_ROW_GROUP_BYTES", 11)
+    monkeypatch.setattr(bounds, "MAX_ROW_GROUP_BYTES", 11)
     with shards.ShardReader(out, manifest) as opened, pytest.raises(DataError, match="too many to be read at once"):
         opened.read_class(0)
 

@@ -34,7 +34,7 @@ from pipeline.datasets.prepare import prepare
 from pipeline.datasets.preprocessing import Preprocessing, open_picture
 from pipeline.errors import DataError
 from pipeline.tasks import shards
-from pipeline.tasks.shards import ShardEntry, reader
+from pipeline.tasks.shards import ShardEntry, bounds
 from pipeline.training import outer
 from pipeline.training.checkpoint import CheckpointStore, TrainState
 from pipeline.types import MetaState
@@ -243,7 +243,7 @@ def test_a_shard_that_unfolds_is_refused_by_its_footer(how: str, data: Path) -> 
 
 
 def test_a_row_group_of_too_many_images_is_refused(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reader, "MAX_ROW_GROUP_BYTES", 8 * 144 - 1)
+    monkeypatch.setattr(bounds, "MAX_ROW_GROUP_BYTES", 8 * 144 - 1)
     refused(data, r"00000\.parquet: row group 0 cannot be read \(row group 0 is of 8 images, too many")
 
 

@@ -12,6 +12,9 @@ There is no dictionary and no compression: a reader maps the file and takes the 
 decoding, and any Parquet reader opens it. Pages carry checksums, so a damaged page is found even when it is read
 alone. The class splits live in the manifest, never in code that runs at training time.
 
+Files that another program wrote can be indexed where they lie (`adopting`): the manifest's `layout` names their
+columns, and a row group may hold several classes. They are decoded at every read, within the limits of `bounds`.
+
 The data set's own digest covers what a model can learn from (shape, classes, examples, splits) and how a picture
 becomes such an image (preprocessing), and not how the bytes were packed, so the same raw data gives the same digest
 with any Parquet writer.
@@ -21,6 +24,7 @@ from pipeline.tasks.shards.manifest import (
     EVERY_CLASS,
     MANIFEST,
     ClassEntry,
+    Layout,
     Manifest,
     RowGroup,
     ShardEntry,
@@ -36,6 +40,7 @@ __all__ = [
     "MANIFEST",
     "ClassEntry",
     "ClassExamples",
+    "Layout",
     "Manifest",
     "RowGroup",
     "ShardEntry",

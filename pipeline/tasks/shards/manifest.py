@@ -42,6 +42,7 @@ class ClassEntry(Section):
     sha256: str = Field(pattern="^[0-9a-f]{64}$")
     splits: dict[str, Split]  # name of a class split -> this class's part in it
     row_groups: list[RowGroup]
+    label: str | None = None  # what the files say of it, where another program wrote them
 
     @model_validator(mode="after")
     def _row_groups_hold_every_example(self) -> ClassEntry:
@@ -49,6 +50,18 @@ class ClassEntry(Section):
         if rows != self.count:
             raise ValueError(f"row groups of class {self.name} hold {rows} examples and not {self.count}")
         return self
+
+
+class Layout(Section):
+    """How files that another program wrote say what an example is. Labels and groups are compared as text."""
+
+    label: str  # column
+    group: str | None = None  # column
+    example: str  # column; of a struct's field: "image.bytes"
+
+    @property
+    def columns(self) -> list[str]:
+        return list(dict.fromkeys(name for name in (self.label, self.group, self.example) if name is not None))
 
 
 class ShardEntry(Section):
@@ -78,6 +91,7 @@ class Manifest(Section):
     # of one example: H, W, C of an image (of an encoded one: once it is preprocessed), D of a vector, nothing of a text
     dtype: Literal["uint8", "float32", "string"]
     columns: list[Column] = Field(default_factory=list)  # the D numbers of a vector
+    layout: Layout | None = None  # of files that another program wrote
     classes: list[ClassEntry] = Field(min_length=1)
     splits: list[str] = Field(min_length=1)  # names of the class splits; each class is in every one of them
     shards: list[ShardEntry] = Field(min_length=1)
@@ -89,6 +103,10 @@ class Manifest(Section):
     def _shape_and_type_are_the_modalitys(self) -> Manifest:
         if self.format_version == 1 and self.modality != "image":
             raise ValueError(f"format version 1 holds images and not modality {self.modality}")
+        if any((entry.label is None) != (self.layout is None) for entry in self.classes):
+            raise ValueError("classes have labels where there is a layout, and only there")
+        if self.layout is not None and self.format_version == 1:
+            raise ValueError("format version 1 has no layout")
         if self.dtype != DTYPE[self.modality] or len(self.shape) != AXES[self.modality]:
             raise ValueError(f"dtype {self.dtype} and shape {list(self.shape)} are not those of {self.modality}")
         if self.modality == "vector" and len(self.columns) != self.shape[0]:

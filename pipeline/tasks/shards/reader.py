@@ -15,10 +15,12 @@ import pyarrow.parquet as pq
 from pipeline.datasets.source import Examples
 from pipeline.errors import DataError
 from pipeline.storage import Readable, readable
+from pipeline.tasks.shards import bounds
+from pipeline.tasks.shards.bounds import bounded_table
 from pipeline.tasks.shards.examples import COLUMN, FIXED, arrow_type, concatenated, from_arrow
+from pipeline.tasks.shards.foreign import all_are, check_row_groups, column_of, labels_of, normalized
 from pipeline.tasks.shards.manifest import MANIFEST, Manifest, RowGroup
 
-MAX_ROW_GROUP_BYTES = 64 << 20  # decoded; a larger one is not of our writing
 KEPT_FOOTERS = 256  # of files that are not kept open
 CACHE_BYTES = 64 << 20  # of decoded row groups that are kept, of those that cannot be read where they lie
 
@@ -58,7 +60,7 @@ class ShardReader:
         # (class, shard, row group, start) -> its checked examples, in the file; and the file as it was then
         self._in_place: dict[tuple[int, int, int, int], tuple[np.ndarray, _Stamp]] = {}
         # (shard, row group) -> its examples and labels, in memory; the one used last is the last
-        self._decoded: OrderedDict[tuple[int, int], tuple[_Decoded, np.ndarray]] = OrderedDict()
+        self._decoded: OrderedDict[tuple[int, int], tuple[_Decoded, np.ndarray | pa.Array]] = OrderedDict()
         self._lock = threading.Lock()  # a ParquetFile is not thread-safe; sampling ahead and validation share it
 
     def __enter__(self) -> ShardReader:
@@ -139,12 +141,23 @@ class ShardReader:
             ) from error
         # of version 1 a row group is of one class, and the index of the whole of it
         alone = self.manifest.format_version == 1 and len(labels) != group.rows
-        if alone or end > len(labels) or not (labels[group.start : end] == class_id).all():
+        if alone or end > len(labels) or not self._are_of(class_id, labels[group.start : end]):
             raise DataError(
                 f"{self.folder / name}: row group {group.row_group} does not hold the {group.rows} examples of class "
                 f"{self.manifest.classes[class_id].name} that {MANIFEST} says. Prepare the data set again."
             )
         own = examples[group.start : end]
+        if self.manifest.layout is not None:
+            if self._keeps:
+                self._keep((group.shard, group.row_group), examples, labels)
+            try:
+                own = normalized(self.manifest.modality, self.manifest.shape, own)
+                return from_arrow(self.manifest.modality, self.manifest.shape, own) if self._fixed else own
+            except (pa.ArrowException, ValueError) as error:
+                raise DataError(
+                    f"{self.folder / name}: row group {group.row_group} holds no such examples "
+                    f"({str(error).strip()[:120]}). Adopt the files again."
+                ) from error
         if not self._keeps:
             return own
         if isinstance(examples, np.ndarray):
@@ -155,7 +168,13 @@ class ShardReader:
         self._keep((group.shard, group.row_group), examples, labels)
         return own
 
-    def _decode(self, shard: int, row_group: int) -> tuple[_Decoded, np.ndarray]:
+    def _are_of(self, class_id: int, labels: np.ndarray | pa.Array) -> bool:
+        if self.manifest.layout is None:
+            return bool((labels == class_id).all())
+        entry = self.manifest.classes[class_id]
+        return all_are(labels, entry.group if self.manifest.layout.group else None, entry.label or "")
+
+    def _decode(self, shard: int, row_group: int) -> tuple[_Decoded, np.ndarray | pa.Array]:
         """The examples of a row group and their labels. Raises ValueError and pyarrow's errors: nothing to be read."""
         kept = self._decoded.get((shard, row_group))
         if kept is not None:
@@ -163,7 +182,7 @@ class ShardReader:
             return kept
         return self._read(self._open(shard), row_group)
 
-    def _decode_once(self, shard: int, row_group: int) -> tuple[_Decoded, np.ndarray]:
+    def _decode_once(self, shard: int, row_group: int) -> tuple[_Decoded, np.ndarray | pa.Array]:
         """As `_decode`, from a file that is opened for it."""
         with self._lock:
             footer = self._footers.get(shard)
@@ -178,22 +197,24 @@ class ShardReader:
         finally:
             file.close(force=True)
 
-    def _read(self, file: pq.ParquetFile, row_group: int) -> tuple[_Decoded, np.ndarray]:
+    def _read(self, file: pq.ParquetFile, row_group: int) -> tuple[_Decoded, np.ndarray | pa.Array]:
         modality = self.manifest.modality
+        layout = self.manifest.layout
+        if layout is not None:
+            table = bounded_table(file, row_group, layout.columns)
+            return column_of(table, layout.example), labels_of(table, layout)
         columns = ["class_id", COLUMN[modality]]
         if self._fixed:
             table = file.read_row_group(row_group, columns=columns, use_threads=self._keeps)
             examples = from_arrow(modality, self.manifest.shape, table.column(columns[1]))
         else:
-            if row_group >= file.num_row_groups:
-                raise ValueError(f"the file has {file.num_row_groups} row groups")
-            table = pa.Table.from_batches(_bounded_batches(file, row_group, columns), schema=_schema(file, columns))
+            table = bounded_table(file, row_group, columns)
             examples = table.column(columns[1]).combine_chunks()
             if examples.null_count:
                 raise ValueError("an example is missing")
         return examples, table.column(columns[0]).to_numpy()
 
-    def _keep(self, key: tuple[int, int], examples: _Decoded, labels: np.ndarray) -> None:
+    def _keep(self, key: tuple[int, int], examples: _Decoded, labels: np.ndarray | pa.Array) -> None:
         with self._lock:
             self._decoded[key] = examples, labels
             self._decoded.move_to_end(key)
@@ -243,7 +264,9 @@ class ShardReader:
             pre_buffer=not isinstance(file, Path),  # few and large requests
             page_checksum_verification=True,
         )
-        if footer is None:
+        if footer is None and self.manifest.layout is not None:
+            check_row_groups(parquet, self.manifest.layout)
+        elif footer is None:
             _check_size(parquet, self.manifest)
         return parquet
 
@@ -258,26 +281,6 @@ def _rows(decoded: _Decoded, rows: np.ndarray | None = None) -> Examples:
 def _same_bytes(one: np.ndarray, other: np.ndarray) -> bool:
     """Of float32 too: a missing value is one however it is compared."""
     return np.array_equal(one.view(np.uint8), np.ascontiguousarray(other).view(np.uint8))
-
-
-def _schema(file: pq.ParquetFile, columns: list[str]) -> pa.Schema:
-    return pa.schema([file.schema_arrow.field(name) for name in columns])
-
-
-def _bounded_batches(file: pq.ParquetFile, row_group: int, columns: list[str]) -> Iterator[pa.RecordBatch]:
-    """The batches of a row group, as long as they are no more than a row group may be.
-
-    No value is longer than its column is in the file, so a batch is within the limit too, however it is encoded.
-    """
-    group = file.metadata.row_group(row_group)
-    longest = max(group.column(index).total_uncompressed_size for index in range(group.num_columns))
-    rows = max(1, MAX_ROW_GROUP_BYTES // max(longest, 1))
-    left = MAX_ROW_GROUP_BYTES
-    for batch in file.iter_batches(batch_size=rows, row_groups=[row_group], columns=columns):
-        left -= batch.nbytes
-        if left < 0:
-            raise ValueError(f"row group {row_group} holds more than {MAX_ROW_GROUP_BYTES >> 20} MiB")
-        yield batch
 
 
 def leads_outside(folder: Readable, file: Readable) -> bool:
@@ -301,8 +304,8 @@ def _check_size(parquet: pq.ParquetFile, manifest: Manifest) -> None:
     for number in range(parquet.metadata.num_row_groups):
         group = parquet.metadata.row_group(number)
         longest = max(group.column(index).total_uncompressed_size for index in range(group.num_columns))
-        if group.num_rows * max(size or 0, 4) > max(MAX_ROW_GROUP_BYTES, size or 0) or (
-            size is None and longest > MAX_ROW_GROUP_BYTES
+        if group.num_rows * max(size or 0, 4) > max(bounds.MAX_ROW_GROUP_BYTES, size or 0) or (
+            size is None and longest > bounds.MAX_ROW_GROUP_BYTES
         ):
             what = "images" if manifest.modality == "image" else "examples"
             raise ValueError(f"row group {number} is of {group.num_rows} {what}, too many to be read at once")

@@ -1,0 +1,36 @@
+"""Row groups of somebody else's making, decoded within a limit of memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+MAX_ROW_GROUP_BYTES = 64 << 20  # decoded; a larger one is not of our writing
+
+
+def bounded_table(file: pq.ParquetFile, row_group: int, columns: Sequence[str]) -> pa.Table:
+    """Some columns of a row group. Raises ValueError and pyarrow's errors: more than a row group may be, or damaged."""
+    batches = list(bounded_batches(file, row_group, columns))
+    if not batches:
+        raise ValueError(f"row group {row_group} is empty")
+    return pa.Table.from_batches(batches)
+
+
+def bounded_batches(file: pq.ParquetFile, row_group: int, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+    """The batches of a row group, as long as they are no more than a row group may be.
+
+    No value is longer than its column is in the file, so a batch is within the limit too, however it is encoded.
+    """
+    if row_group >= file.num_row_groups:
+        raise ValueError(f"the file has {file.num_row_groups} row groups")
+    group = file.metadata.row_group(row_group)
+    longest = max(group.column(index).total_uncompressed_size for index in range(group.num_columns))
+    rows = max(1, MAX_ROW_GROUP_BYTES // max(longest, 1))
+    left = MAX_ROW_GROUP_BYTES
+    for batch in file.iter_batches(batch_size=rows, row_groups=[row_group], columns=list(columns)):
+        left -= batch.nbytes
+        if left < 0:
+            raise ValueError(f"row group {row_group} holds more than {MAX_ROW_GROUP_BYTES >> 20} MiB")
+        yield batch
