@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.markup import escape
@@ -13,7 +13,61 @@ from jobs import console, data_prepare, data_summary
 app = console.new_app(help="Prepare data sets as Parquet shards, check them, look at them.", no_args_is_help=True)
 app.add_typer(data_prepare.app, name="prepare")
 
+
 Folder = Annotated[str, typer.Argument(help="Folder of a prepared data set (it holds dataset.json), or s3://…")]
+
+
+@app.command()
+def adopt(
+    folder: Annotated[
+        str, typer.Argument(help="Folder of Parquet files of pandas, Polars, DuckDB, Spark …, or s3://…")
+    ],
+    label: Annotated[str, typer.Option(help="Column of the classes' names.")] = "label",
+    group: Annotated[str | None, typer.Option(help="Column of their groups, which the split `group` keeps.")] = None,
+    example: Annotated[
+        str | None,
+        typer.Option(help="Column of the examples: pictures (bytes, struct of bytes and path), numbers, texts."),
+    ] = None,
+    shape: Annotated[str | None, typer.Option(help="H,W,C of pictures that are stored as pixels.")] = None,
+    kind: Annotated[
+        Literal["drawing", "photo"] | None, typer.Option(help="Of pictures. drawing: grey, ink high. photo: colours.")
+    ] = None,
+    size: Annotated[int | None, typer.Option(min=8, max=1024, help="Pixels of prepared pictures; default 84.")] = None,
+    min_examples: Annotated[int, typer.Option("--min-examples", min=1, help="Leave out classes with fewer.")] = 1,
+    seed: Annotated[int, typer.Option(min=0, help="Of the class splits.")] = 0,
+    strict: Annotated[bool, typer.Option("--strict", help="Refuse rows that are no examples.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Write a manifest that is there anew.")] = False,
+    rewrite: Annotated[
+        str | None, typer.Option(metavar="OUT", help="Make a sorted copy in our own form instead, as `prepare` does.")
+    ] = None,
+    json: console.Json = False,
+) -> None:
+    """Give Parquet files of another program a manifest (dataset.json); the files stay as they are."""
+    from pipeline.datasets import adopt as adopting
+
+    if rewrite is not None:
+        given = adopting.as_table(folder, label=label, group=group, example=example, shape=shape)
+        pictures = {"kind": kind, "size": size} if "image" in given else {}
+        given |= {key: value for key, value in pictures.items() if value is not None}
+        data_prepare.prepare("parquet", given, out=rewrite, seed=seed, overwrite=overwrite, json=json)
+        return
+    with console.err.status(f"reading {escape(folder)}") as status:
+        manifest = adopting.adopt(
+            folder,
+            label=label,
+            group=group,
+            example=example,
+            shape=adopting.parse_shape(shape),
+            kind=kind,
+            size=size,
+            seed=seed,
+            min_examples=min_examples,
+            strict=strict,
+            overwrite=overwrite,
+            progress=lambda rows, total: status.update(f"{rows} of {total} rows"),
+        )
+    show = lambda: data_summary.show(folder, manifest)  # noqa: E731
+    console.emit(data_summary.summary(folder, manifest), as_json=json, show=show)
 
 
 @app.command()

@@ -104,6 +104,36 @@ def adopt(
     return manifest
 
 
+def as_table(folder: str, *, label: str, group: str | None, example: str | None, shape: str | None) -> dict[str, Any]:
+    """The options with which `data prepare parquet` takes the same examples. Raises ConfigError, DataError."""
+    column, stored = adopting.guess_example(location(folder), example, label, group)
+    modality = adopting.guess_modality(stored, parse_shape(shape))
+    given: dict[str, Any] = {"directory": folder, "label": label, **({"group": group} if group else {})}
+    if modality == "text":
+        return {**given, "text": column}
+    if modality == "encoded_image":
+        return {**given, "image": column.removesuffix(".bytes")}
+    if modality == "vector":
+        return {**given, "features": [column]}
+    raise ConfigError(
+        f"{folder}: column {column!r} of type {stored} cannot be rewritten. Write the files sorted by class, with row "
+        "groups of at most 64 MiB, and adopt them."
+    )
+
+
+def parse_shape(text: str | None) -> tuple[int, int, int] | None:
+    """ "28,28,1" -> (28, 28, 1). Raises ConfigError."""
+    if text is None:
+        return None
+    numbers = text.replace("x", ",").replace("×", ",").split(",")
+    if len(numbers) != 3 or not all(number.strip().isascii() and number.strip().isdigit() for number in numbers):
+        raise ConfigError(f"--shape {text}: write it as HEIGHT,WIDTH,CHANNELS, such as 28,28,1.")
+    height, width, channels = (int(number) for number in numbers)
+    if not height * width * channels:
+        raise ConfigError(f"--shape {text}: each must be at least 1.")
+    return height, width, channels
+
+
 def _of_pixels(shape: tuple[int, int, int], kind: Kind | None) -> dict[str, Any]:
     """How a user's picture becomes an image of this shape; nothing where no preprocessing gives it."""
     height, width, channels = shape

@@ -15,8 +15,9 @@ import pytest
 import torch
 from PIL import Image
 
+from jobs import data
 from pipeline.config import validate
-from pipeline.datasets.adopt import adopt
+from pipeline.datasets.adopt import adopt, parse_shape
 from pipeline.errors import ConfigError, DataError
 from pipeline.tasks import shards
 from pipeline.tasks.images import ImagesConfig
@@ -254,3 +255,25 @@ def test_the_same_by_a_manifest_of_ours(tmp_path: Path) -> None:
     options: dict[str, Any] = {"splits": splits, "source": {}, "preprocessing": {}, "columns": adopted.columns}
     assert shards.write(tmp_path / "own", own, modality="vector", **options).digest == adopted.digest
     assert json.loads((tmp_path / shards.MANIFEST).read_text())["classes"][0]["count"] < adopting.MAX_RUNS
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "data").mkdir()
+    rows = table("vector", shuffled=True)
+    write_polars(rows, tmp_path / "data")
+    data.adopt(str(tmp_path / "data"), group="domain", json=True)
+    told = json.loads(capsys.readouterr().out)
+    assert (told["classes"], told["examples"], told["shape"]) == (CLASSES, CLASSES * ROWS, [3])
+    data.verify(str(tmp_path / "data"))
+    assert "whole" in capsys.readouterr().out
+    data.adopt(str(tmp_path / "data"), group="domain", rewrite=str(tmp_path / "own"))
+    manifest = shards.verify(tmp_path / "own")
+    assert manifest.layout is None
+    whole = [(e.name, e.sha256) for e in shards.read_manifest(tmp_path / "data").classes]
+    assert [(entry.name, entry.sha256) for entry in manifest.classes] == whole
+
+
+@pytest.mark.parametrize("shape", ["28", "28,28", "a,b,c", "0,8,1", "-1,2,3"])
+def test_shapes_that_are_none(shape: str) -> None:
+    with pytest.raises(ConfigError, match="--shape"):
+        parse_shape(shape)
