@@ -49,7 +49,8 @@ def adopt(
         given = adopting.as_table(folder, label=label, group=group, example=example, shape=shape)
         pictures = {"kind": kind, "size": size} if "image" in given else {}
         given |= {key: value for key, value in pictures.items() if value is not None}
-        data_prepare.prepare("parquet", given, out=rewrite, seed=seed, overwrite=overwrite, json=json)
+        shared: dict[str, Any] = {"min_examples": min_examples, "strict": strict, "overwrite": overwrite}
+        data_prepare.prepare("parquet", given, out=rewrite, seed=seed, json=json, **shared)
         return
     with console.err.status(f"reading {escape(folder)}") as status:
         manifest = adopting.adopt(

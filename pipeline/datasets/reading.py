@@ -85,7 +85,7 @@ def read_chunks(source: Source, chunks: Iterator[Chunk], *, workers: int | None 
         return
     # not fork, since this process may have threads; a forkserver imports what the source needs once for all
     context = get_context("forkserver")
-    context.set_forkserver_preload([type(source).__module__])
+    context.set_forkserver_preload(sorted({type(part).__module__ for part in (source, *vars(source).values())}))
     pool = ProcessPoolExecutor(count, mp_context=context, initializer=_start, initargs=(source,))
     waiting: deque[tuple[Chunk, Future[Read]]] = deque()
     try:
