@@ -32,9 +32,7 @@ def summary(folder: str, manifest: Manifest, *, found: Survey | None = None) -> 
         "examples": manifest.num_examples,
         "shards": len(manifest.shards),
         "classes_by_split": counts(manifest),
-        "near_duplicates": {
-            split: found["pairs"] for split, found in manifest.source.get("near_duplicates", {}).items()
-        },
+        "near_duplicates": {split: alike["pairs"] for split, alike in look_alikes(manifest, found).items()},
         "problems": problems["count"],
         "classes_left_out": left_out["count"],
         "source": {k: v for k, v in manifest.source.items() if k != "near_duplicates"},
@@ -47,6 +45,14 @@ def summary(folder: str, manifest: Manifest, *, found: Survey | None = None) -> 
     return content
 
 
+def look_alikes(manifest: Manifest, found: Survey | None) -> dict[str, dict[str, Any]]:
+    """Class split -> number of pairs of classes that look alike across its parts, and the closest of them."""
+    if found is None:
+        recorded: dict[str, dict[str, Any]] = manifest.source.get("near_duplicates", {})
+        return recorded
+    return {split: {"pairs": len(pairs), "closest": pairs[:3]} for split, pairs in found.look_alikes.items()}
+
+
 def show(folder: str, manifest: Manifest, *, reused: bool = False, found: Survey | None = None) -> None:
     """found: when the data card was made."""
     kinds = {"image": "images", "encoded_image": "encoded images", "vector": "vectors", "text": "texts"}
@@ -56,10 +62,10 @@ def show(folder: str, manifest: Manifest, *, reused: bool = False, found: Survey
         f"classes in {len({entry.group for entry in manifest.classes})} groups, {manifest.num_examples} "
         f"{kinds[manifest.modality]}{of}, {len(manifest.shards)} shards, digest {manifest.digest[:12]}…"
     )
-    table = Table("class split", "meta_train", "meta_val", "meta_test", "look-alike classes across parts")
+    table = Table("class split", "meta_train", "meta_val", "meta_test", "look-alikes across parts")
     if found is not None:
         table.add_column("copies across parts")
-    alike = manifest.source.get("near_duplicates", {})
+    alike = look_alikes(manifest, found)
     for split, by_part in counts(manifest).items():
         cells = [str(by_part.get(part, 0)) for part in ("meta_train", "meta_val", "meta_test")]
         cells.append(str(alike.get(split, {}).get("pairs", "not looked for")))

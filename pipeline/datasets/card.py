@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from pipeline.datasets.duplicates import LISTED
 from pipeline.datasets.preprocessing import Preprocessing, decode_picture
 from pipeline.datasets.survey import Survey, survey
 from pipeline.errors import DataError
@@ -29,6 +30,7 @@ CLASS_ROWS = 100  # of the table by class; DATASET-statistics.json has them all
 PICTURE_CLASSES, PICTURE_EXAMPLES = 6, 8  # of each part
 CELL = 56  # pixels of an example in the picture
 COLUMNS = 40  # of vectors that are listed
+LONGEST_TEXT = 200  # characters of an example on the card
 
 
 def write_card(
@@ -54,6 +56,7 @@ def write_card(
         command=command,
         originals=originals or {},
         picture=picture is not None,
+        texts=some_texts(folder, manifest) if manifest.modality == "text" else (),
     )
     try:
         (folder / STATISTICS).write_bytes(_json(manifest, found, originals or {}).encode())
@@ -83,10 +86,12 @@ def markdown(
     command: str | None,
     originals: Mapping[str, int],
     picture: bool,
+    texts: Sequence[tuple[str, str, str]] = (),
 ) -> str:
+    """The card's page. texts: (part, class, example) of some texts."""
     sections = [
         f"# {_text(name)}\n\n{_what(manifest)}",
-        f"![examples of each part]({PICTURE})" if picture else "",
+        f"![examples of each part]({PICTURE})" if picture else _sentences(texts),
         _table(("", ""), _facts(manifest)),
         "## Class splits\n\n" + _splits(manifest),
         "## Leakage\n\n" + _leakage(manifest, found),
@@ -128,6 +133,20 @@ def sheet(folder: Location, manifest: shards.Manifest) -> bytes:
     return stream.getvalue()
 
 
+def some_texts(folder: Location, manifest: shards.Manifest) -> list[tuple[str, str, str]]:
+    """(part, class, example) of a few texts of each part of the first class split, cut at LONGEST_TEXT characters."""
+    found: list[tuple[str, str, str]] = []
+    with shards.ShardReader(folder, manifest) as reader:
+        for part in SPLITS:
+            for class_id in _spread(manifest.members(manifest.splits[0], part), PICTURE_CLASSES):
+                entry = manifest.classes[class_id]
+                for text in reader.read_class(class_id, _spread(range(entry.count), 2)):
+                    assert isinstance(text, str)
+                    cut = text if len(text) <= LONGEST_TEXT else f"{text[:LONGEST_TEXT]}…"
+                    found.append((part, entry.name, cut))
+    return found
+
+
 def _images(
     manifest: shards.Manifest, reader: shards.ShardReader, class_id: int, numbers: Sequence[int]
 ) -> Iterator[np.ndarray]:
@@ -149,6 +168,10 @@ def _what(manifest: shards.Manifest) -> str:
         f"{manifest.num_examples} {kind[manifest.modality]} of {classes} classes in {groups} "
         f"{'group' if groups == 1 else 'groups'}, prepared by metapipe for few-shot learning."
     )
+
+
+def _sentences(texts: Sequence[tuple[str, str, str]]) -> str:
+    return _table(("part", "class", "example"), [tuple(map(_text, row)) for row in texts]) if texts else ""
 
 
 def _facts(manifest: shards.Manifest) -> list[tuple[str, str]]:
@@ -177,17 +200,15 @@ def _splits(manifest: shards.Manifest) -> str:
 
 
 def _leakage(manifest: shards.Manifest, found: Survey) -> str:
-    alike = manifest.source.get("near_duplicates", {})
     rows = []
     for split in manifest.splits:
-        near = found.near.get(split)
-        pairs = alike.get(split)
+        near, pairs = found.near.get(split), found.look_alikes.get(split)
         rows.append(
             (
                 split,
                 found.identical[split].examples,
                 "not looked for" if near is None else near.examples,
-                "not looked for" if pairs is None else pairs["pairs"],
+                "not looked for" if pairs is None else len(pairs),
             )
         )
     header = ("class split", "identical examples", "near-identical examples", "look-alike classes (pairs)")
@@ -210,10 +231,8 @@ def _leakage(manifest: shards.Manifest, found: Survey) -> str:
                     for p in each.listed[:10]
                 ]
                 text.append(f"{kind.capitalize()} across the parts of `{split}`, the first:\n\n" + "\n".join(listed))
-    for split, pairs in alike.items():
-        listed = [
-            f"- {_text(a)} ({pa}) and {_text(b)} ({pb}), {cosine:.2f}" for a, pa, b, pb, cosine in pairs["closest"][:10]
-        ]
+    for split, pairs in found.look_alikes.items():
+        listed = [f"- {_text(a)} ({pa}) and {_text(b)} ({pb}), {cosine:.2f}" for a, pa, b, pb, cosine in pairs[:10]]
         if listed:
             text.append(f"Classes that look alike across the parts of `{split}`, the closest:\n\n" + "\n".join(listed))
     return "\n\n".join(text)
@@ -300,6 +319,10 @@ def _json(manifest: shards.Manifest, found: Survey, originals: Mapping[str, int]
             k: {"examples": v.examples, "listed": [list(p) for p in v.listed]} for k, v in found.identical.items()
         },
         "near": {k: {"examples": v.examples, "listed": [list(p) for p in v.listed]} for k, v in found.near.items()},
+        "look_alike_classes": {
+            split: {"pairs": len(pairs), "closest": [list(pair) for pair in pairs[:LISTED]]}
+            for split, pairs in found.look_alikes.items()
+        },
         "compared_for_identity": found.compared,
         "compared_for_likeness": found.near_compared,
         "classes": [entry._asdict() for entry in found.classes],

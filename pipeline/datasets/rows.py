@@ -16,7 +16,7 @@ from PIL import Image
 from pipeline.datasets.preprocessing import Preprocessing
 from pipeline.datasets.source import Problem, RawClass, Source
 
-ROWS = 64  # that an item stands for
+ITEM_BYTES = 64 << 10  # of the pictures that an item stands for: processes read dozens of items at once
 
 
 class Rows(NamedTuple):
@@ -41,11 +41,13 @@ class ArraySource(Source):
         """A part's array, in any process. Raises DataError."""
 
     def classes(self) -> Iterator[RawClass]:
+        size, channels = self.preprocessing.size, self.preprocessing.channels
+        at_once = max(1, ITEM_BYTES // (size * size * channels))
         for number, (name, group) in enumerate(zip(self.names, self.groups, strict=True)):
             items = [
-                Rows(part, tuple(rows[start : start + ROWS].tolist()), self.files[part])
+                Rows(part, tuple(rows[start : start + at_once].tolist()), self.files[part])
                 for part, rows in ((part, np.flatnonzero(labels == number)) for part, labels in self.labels.items())
-                for start in range(0, len(rows), ROWS)
+                for start in range(0, len(rows), at_once)
             ]
             yield RawClass(name, group, items)
 

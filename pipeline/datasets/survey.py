@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from pipeline.datasets.duplicates import Digests, Leaks, Likeness
+from pipeline.datasets.near_duplicates import NearDuplicate, alike, mean_image
 from pipeline.datasets.preprocessing import Preprocessing, decode_picture
 from pipeline.datasets.source import Examples
 from pipeline.errors import DataError
@@ -21,7 +22,7 @@ from pipeline.tasks import shards
 from pipeline.types import SPLITS
 
 NEAR_EXAMPLES = 50_000  # pictures that are compared for likeness, evenly from all classes
-DECODED = 20  # encoded pictures of each class that are decoded
+DECODED = 20  # encoded pictures of each class that are decoded, and pictures whose mean stands for their class
 
 
 class ClassStatistics(NamedTuple):
@@ -52,6 +53,7 @@ class Survey(NamedTuple):
     near: dict[str, Leaks]  # the same of examples that look or read the same and are not identical
     compared: float  # share of the examples that were compared for identity
     near_compared: int  # pictures that were compared for likeness
+    look_alikes: dict[str, list[NearDuplicate]]  # by class split: classes of different parts whose mean pictures agree
 
 
 def survey(
@@ -64,15 +66,18 @@ def survey(
     classes: list[ClassStatistics] = []
     whole = Moments()
     sizes: Counter[tuple[int, int]] = Counter()
+    means: dict[str, np.ndarray] = {}
     with shards.ShardReader(folder, manifest) as reader:
         for class_id, entry in enumerate(manifest.classes):
             moments = Moments()
             seen = 0
+            first: list[np.ndarray] = []
             for part in reader.parts(class_id):
                 hashes = digests.add(class_id, seen, part)
                 if manifest.modality in ("image", "encoded_image"):
                     pictures, which = _pictures(manifest, part, max(0, DECODED - seen), sizes)
                     moments.add(pictures)
+                    first.append(pictures[: max(0, DECODED - seen)])
                     wanted = which[: max(0, per_class - seen)]
                     if len(wanted):
                         likeness.add(class_id, seen + wanted, pictures[: len(wanted)], hashes[wanted])
@@ -81,6 +86,8 @@ def survey(
                 seen += len(part)
             classes.append(ClassStatistics(entry.name, entry.group, entry.count, moments.means(), moments.stds()))
             whole.join(moments)
+            if any(map(len, first)):
+                means[entry.name] = mean_image(np.concatenate(first))
             progress(class_id + 1)
     names = [entry.name for entry in manifest.classes]
     within, across = digests.copies()
@@ -106,6 +113,11 @@ def survey(
         near=near,
         compared=digests.share,
         near_compared=likeness.compared,
+        look_alikes={
+            split: alike({entry.name: (entry.splits[split], means[entry.name]) for entry in manifest.classes})
+            for split in manifest.splits
+            if len(means) == len(names)
+        },
     )
 
 

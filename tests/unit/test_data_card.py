@@ -104,6 +104,16 @@ def test_identical_and_near_identical_pictures_across_parts(tmp_path: Path) -> N
     assert (found.copies_within, found.copies_across) == (2, 1)  # train[1] and test[4]; test[3]
 
 
+def test_look_alike_classes_of_any_pictures_that_were_prepared_by_anyone(tmp_path: Path) -> None:
+    classes = {f"c{i}": images(1).repeat(4, axis=0) for i in range(6)}
+    classes["c5"] = np.stack([jpeg(image) for image in classes["c0"]])
+    manifest = written(tmp_path / "out", classes, [0, 0, 1, 1, 2, 2])
+    assert "near_duplicates" not in manifest.source
+    found = write_card(tmp_path / "out", manifest)
+    assert [(pair.class_a, pair.class_b) for pair in found.look_alikes["random"]] == [("c5", "c0")]
+    assert "c5 (meta_test) and c0 (meta_train)" in (tmp_path / "out" / CARD).read_text()
+
+
 def test_copies_inside_one_part_are_no_leak(tmp_path: Path) -> None:
     one, other = images(5), images(5)
     other[2] = one[3]
@@ -128,6 +138,10 @@ def test_texts_that_differ_in_case_and_marks_alone(tmp_path: Path) -> None:
     assert found.identical["random"] == (1, [Pair("greet", 1, "part", 2)])
     assert found.near["random"] == (1, [Pair("greet", 0, "part", 0)])
     assert found.mean == pytest.approx([np.mean([13, 11, 13, 3, 11])], rel=1e-5)
+    write_card(tmp_path / "out", manifest)
+    page = (tmp_path / "out" / CARD).read_text()
+    assert "| meta\\_train | greet | Good morning\\! |" in page
+    assert page.count("| meta\\_test | part |") == 2
 
 
 def test_identical_vectors(tmp_path: Path) -> None:

@@ -576,7 +576,7 @@ def test_names_that_look_like_markup(tmp_path: Path, capsys: pytest.CaptureFixtu
     names = ["[/b]", "[red]x", "[bold]y", *(f"[/i]{i}" for i in range(27))]  # the first is a class in a group
     out = tmp_path / "[red]out" / "[/b]"
     source = picture_folders(tmp_path / "mine", names, count=5)
-    data_prepare.prepare("images", {"directory": source}, out=str(out))
+    data_prepare.prepare("images", {"directory": source}, out=str(out), workers=1)
     data.verify(out)
     data.show(out, n_way=2, episodes=1, out=(picture := tmp_path / "[/i].png"))
     printed = "".join(capsys.readouterr().out.split())  # lines are broken at the console's width
