@@ -67,8 +67,7 @@ def adopt(
             overwrite=overwrite,
             progress=lambda rows, total: status.update(f"{rows} of {total} rows"),
         )
-    show = lambda: data_summary.show(folder, manifest)  # noqa: E731
-    console.emit(data_summary.summary(folder, manifest), as_json=json, show=show)
+    data_summary.emit(folder, manifest, as_json=json)
 
 
 @app.command()
@@ -94,8 +93,7 @@ def card(folder: Folder, json: console.Json = False) -> None:
 
     manifest = shards.read_manifest(folder)
     found = data_prepare.write_card(folder, manifest)
-    show = lambda: data_summary.show(folder, manifest, found=found)  # noqa: E731
-    console.emit(data_summary.summary(folder, manifest, found=found), as_json=json, show=show)
+    data_summary.emit(folder, manifest, as_json=json, found=found)
 
 
 @app.command()

@@ -80,8 +80,7 @@ def prepare(
         shards.verify(out, manifest)
         if card and not (location(out) / CARD).exists():
             write_card(out, manifest)
-        show = lambda: data_summary.show(out, manifest, reused=True)  # noqa: E731
-        console.emit(data_summary.summary(out, manifest), as_json=json, show=show)
+        data_summary.emit(out, manifest, as_json=json, reused=True)
         return
     shards.check_free(out, overwrite=overwrite)
     source = Chosen(options.open(seed=seed), lists=class_lists, shares=_shares(shares), all_test=all_test)
@@ -107,8 +106,7 @@ def prepare(
                 progress=advance,
             )
     found = write_card(out, manifest, command=_command(), originals=source.originals()) if card else None
-    show = lambda: data_summary.show(out, manifest, found=found)  # noqa: E731
-    console.emit(data_summary.summary(out, manifest, found=found), as_json=json, show=show)
+    data_summary.emit(out, manifest, as_json=json, found=found)
 
 
 def write_card(

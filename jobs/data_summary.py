@@ -45,6 +45,15 @@ def summary(folder: str, manifest: Manifest, *, found: Survey | None = None) -> 
     return content
 
 
+def emit(folder: str, manifest: Manifest, *, as_json: bool, reused: bool = False, found: Survey | None = None) -> None:
+    """The summary as JSON, or shown. found: when the data card was made."""
+    console.emit(
+        summary(folder, manifest, found=found),
+        as_json=as_json,
+        show=lambda: show(folder, manifest, reused=reused, found=found),
+    )
+
+
 def look_alikes(manifest: Manifest, found: Survey | None) -> dict[str, dict[str, Any]]:
     """Class split -> number of pairs of classes that look alike across its parts, and the closest of them."""
     if found is None:

@@ -27,7 +27,7 @@ MAX_BYTES = 1 << 30  # of one file, decompressed; the largest official one has 4
 PARTS = ("train", "t10k")
 
 
-class Member(DownloadOptions):
+class FamilyOptions(DownloadOptions):
     """One data set of the family."""
 
     torchvision_name: ClassVar[str]
@@ -46,7 +46,7 @@ class Member(DownloadOptions):
         return Mnist(folder, names=self.names, preprocessing=Preprocessing(kind=self.kind, size=self.size))
 
 
-class MnistOptions(Member):
+class MnistOptions(FamilyOptions):
     """MNIST: handwritten digits."""
 
     torchvision_name = "MNIST"
@@ -54,7 +54,7 @@ class MnistOptions(Member):
     kind = "drawing"
 
 
-class FashionMnistOptions(Member):
+class FashionMnistOptions(FamilyOptions):
     """Fashion-MNIST: pieces of clothing."""
 
     torchvision_name = "FashionMNIST"
@@ -65,7 +65,7 @@ class FashionMnistOptions(Member):
     kind = "photo"  # grey levels matter, and there is no ink whose polarity could be told
 
 
-class KmnistOptions(Member):
+class KmnistOptions(FamilyOptions):
     """KMNIST: cursive Japanese (Kuzushiji) characters."""
 
     torchvision_name = "KMNIST"

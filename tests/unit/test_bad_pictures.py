@@ -17,7 +17,7 @@ from PIL import Image
 
 from pipeline.datasets.image_folder import ImageFolder, class_folders, encoded_picture
 from pipeline.datasets.labels import check_names
-from pipeline.datasets.prepare import prepare
+from pipeline.datasets.prepare import Progress, prepare
 from pipeline.datasets.preprocessing import Preprocessing, open_picture
 from pipeline.errors import DataError
 from pipeline.tasks import shards
@@ -113,6 +113,22 @@ def test_strict_refuses_and_writes_nothing(bad: Path, tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
     clean = folders(tmp_path / "clean", "a", "b")
     assert "problems" not in prepared(clean, tmp_path / "out", strict=True).source
+
+
+def test_an_interrupted_preparation_counts_the_same(bad: Path, tmp_path: Path) -> None:
+    def stop(done: Progress) -> None:
+        if done.name == "b":
+            raise KeyboardInterrupt
+
+    folders(bad, *(f"more{i:02d}" for i in range(30)))  # more than one chunk
+    whole = prepared(bad, tmp_path / "whole")
+    with pytest.raises(KeyboardInterrupt):
+        prepared(bad, tmp_path / "out", progress=stop)
+    assert not (tmp_path / "out").exists()
+    again = prepared(bad, tmp_path / "out")
+    assert again.source == whole.source
+    assert again.digest == whole.digest
+    assert {path.name for path in tmp_path.iterdir()} == {"mine", "whole", "out"}
 
 
 def test_too_few_examples(tmp_path: Path) -> None:
