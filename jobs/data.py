@@ -108,36 +108,49 @@ def show(
     seed: Annotated[int, typer.Option(min=0)] = 0,
     json: console.Json = False,
 ) -> None:
-    """Describe a data set and draw a few of its episodes."""
+    """Describe a data set and show a few of its episodes: a picture, or, of texts and tables, the examples."""
+    from pipeline.tasks import shards
+
+    manifest = shards.read_manifest(folder)
+    shape = {"n_way": n_way, "k_shot": k_shot, "n_query": 4, "eval_n_query": 4}
+    content = {"data": folder, "split": class_split or manifest.splits[0], **shape}
+    if manifest.modality in ("text", "vector"):
+        from jobs import data_episodes
+
+        shown = data_episodes.supports(content, manifest.modality, part_of_split(part), episodes=episodes, seed=seed)
+
+        def describe() -> None:
+            data_summary.show(folder, manifest)
+            data_episodes.show(shown)
+
+        found: dict[str, Any] = {"episodes": shown}
+    else:
+        file = _draw(folder, content, out, part_of_split(part), episodes=episodes, seed=seed)
+
+        def describe() -> None:
+            data_summary.show(folder, manifest)
+            console.out.print(f"picture of {episodes} {part} episodes: {escape(str(file))}")
+
+        found = {"picture": str(file)}
+    console.emit({**data_summary.summary(folder, manifest), **found}, as_json=json, show=describe)
+
+
+def _draw(folder: str, content: dict[str, Any], out: Path | None, part: Any, *, episodes: int, seed: int) -> Path:
+    """A picture of episodes of images; returns its file."""
     import torch
 
     from pipeline import pictures
     from pipeline.config import validate
     from pipeline.storage import readable
-    from pipeline.tasks import shards
     from pipeline.tasks.images import ImagesConfig
 
-    manifest = shards.read_manifest(folder)
     file = out or Path(f"{readable(folder).absolute().name}-episodes.png")
-    content = {
-        "family": "images",
-        "data": folder,
-        "split": class_split or manifest.splits[0],
-        "n_way": n_way,
-        "k_shot": k_shot,
-        "n_query": 4,
-        "eval_n_query": 4,
-    }
-    family = validate(ImagesConfig, content, source="data show").build(device=torch.device("cpu"), dtype=torch.float32)
-    batch = family.sample(part_of_split(part), 0, torch.arange(episodes), seed=seed)
+    section = validate(ImagesConfig, {"family": "images", **content}, source="data show").only(part)
+    family = section.build(device=torch.device("cpu"), dtype=torch.float32)
+    batch = family.sample(part, 0, torch.arange(episodes), seed=seed)
     file.parent.mkdir(parents=True, exist_ok=True)
     pictures.episodes(batch, file)
-
-    def describe() -> None:
-        data_summary.show(folder, manifest)
-        console.out.print(f"picture of {episodes} {part} episodes: {escape(str(file))}")
-
-    console.emit({**data_summary.summary(folder, manifest), "picture": str(file)}, as_json=json, show=describe)
+    return file
 
 
 def part_of_split(name: str) -> Any:

@@ -20,7 +20,7 @@ from pipeline.datasets.duplicates import LISTED
 from pipeline.datasets.preprocessing import Preprocessing, decode_picture
 from pipeline.datasets.survey import Survey, survey
 from pipeline.errors import DataError
-from pipeline.storage import Location, location, write
+from pipeline.storage import Location, location
 from pipeline.tasks import shards
 from pipeline.types import SPLITS
 
@@ -59,10 +59,10 @@ def write_card(
         texts=some_texts(folder, manifest) if manifest.modality == "text" else (),
     )
     try:
-        write(folder / STATISTICS, _json(manifest, found, originals or {}))
+        (folder / STATISTICS).write_bytes(_json(manifest, found, originals or {}).encode())
         if picture is not None:
-            write(folder / PICTURE, picture)
-        write(folder / CARD, text)  # last: where it stands the others do
+            (folder / PICTURE).write_bytes(picture)
+        (folder / CARD).write_bytes(text.encode())
     except OSError as error:
         raise DataError(f"{folder}: the data card cannot be written ({error}).") from error
     return found

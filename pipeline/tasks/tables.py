@@ -22,6 +22,7 @@ from torch import Tensor
 from pipeline.config import Section
 from pipeline.tasks.shards.manifest import Column
 
+MOST_DEVIATIONS = 5.0  # that a normalized number is from 0: a column that hardly varied must not drown the others
 Normalize = Literal["support", "training", "none"]
 
 
@@ -85,6 +86,8 @@ class TableEncoding(Section):
     def __call__(self, rows: Tensor, scale: Scale) -> Tensor:
         """Rows [..., N, D] -> inputs [..., N, F]: numeric columns, masks (1: missing), categories."""
         values = (rows[..., self.numeric] - scale.mean) / scale.deviation
+        if self.normalize != "none":
+            values = values.clamp(-MOST_DEVIATIONS, MOST_DEVIATIONS)
         parts = [values.nan_to_num(0), rows[..., self._may_miss()].isnan().to(rows.dtype)]
         for number, column in enumerate(self.columns):
             if column.kind == "categorical":

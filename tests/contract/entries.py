@@ -18,6 +18,8 @@ from pipeline import experiment as experiments
 from pipeline.algorithms import ALGORITHMS
 from pipeline.experiment import Components, Experiment
 from pipeline.learner import ModelCard, card_of
+from pipeline.tasks.tabular import TabularTasks
+from pipeline.tasks.text import TextTasks
 from pipeline.types import MetaState, TaskBatch
 
 TASKS = 6
@@ -248,3 +250,13 @@ def card(case: Case) -> ModelCard:
         data_digest="x",
         checkpoint={},
     )
+
+
+def raw(case: Case) -> tuple[Any, Any]:
+    """The first task's examples as a user has them: support and query."""
+    family, slots = case.parts.family, torch.arange(1)
+    if isinstance(family, TextTasks):
+        return family.sentences("meta_train", 0, slots, seed=1)[0]
+    assert isinstance(family, TabularTasks)
+    support, query = family.rows("meta_train", 0, slots, seed=1)
+    return support[0].numpy(), query[0].numpy()

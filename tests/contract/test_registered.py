@@ -14,7 +14,7 @@ import pytest
 from pipeline import serving
 from pipeline.learner import Learner, write_model
 from pipeline.tracking import RunLog, Tracker
-from tests.contract.entries import Case, card, observed, plain
+from tests.contract.entries import OTHER_MODALITIES, Case, card, observed, plain, raw
 from tests.servers import mlflow_server
 
 
@@ -54,4 +54,26 @@ def test_registered_and_adapted(
     np.testing.assert_array_equal(learner.adapt(x, y).predict(query), expected)
     monkeypatch.setattr(sys, "path", [*sys.path])  # MLflow adds the model's code
     served = mlflow.pyfunc.load_model(address).predict({"support_x": x, "support_y": y, "query_x": query})
+    np.testing.assert_array_equal(served, expected)
+
+
+@pytest.mark.parametrize("problem", OTHER_MODALITIES)
+def test_texts_and_rows_by_mlflows_signature(
+    problem: str,
+    log: tuple[Tracker, RunLog],
+    tiny_sets: dict[str, Path],
+    one_thread: None,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Strings, and numbers with NaN where one is missing: what a learner takes, MLflow's pyfunc takes too."""
+    tracker, run = log
+    case = Case("protonet", {}, problem, tiny_sets)
+    version = tracker.register(run.run_id, card(case), case.state, {"algorithm": case.name})
+    address = f"models:/{version.name}/{version.version}"
+    support, query = raw(case)
+    labels = case.batch.support_y[0].numpy()
+    expected = serving.load(address).adapt(support, labels).predict(query)
+    monkeypatch.setattr(sys, "path", [*sys.path])  # MLflow adds the model's code
+    model = mlflow.pyfunc.load_model(address)
+    served = model.predict({"support_x": np.array(support), "support_y": labels, "query_x": np.array(query)})
     np.testing.assert_array_equal(served, expected)

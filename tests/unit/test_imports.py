@@ -42,13 +42,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 
 # A library -> the only modules and rooms that may import it.
 LIBRARY_OF: dict[str, set[str]] = {
-    "ray": {
-        "pipeline.launch",
-        "pipeline.tuning",
-        "pipeline.submission",
-        "pipeline.training.context",
-        "pipeline.datasets.on_ray",
-    },
+    "ray": {"pipeline.launch", "pipeline.tuning", "pipeline.submission", "pipeline.training.context"},
     "mlflow": {"pipeline.tracking", "pipeline.serving", "pipeline.served_model"},
     "pyarrow": {"pipeline.tasks.shards", "pipeline.datasets.tables", "pipeline.storage", "pipeline.results"},
 }

@@ -1,0 +1,99 @@
+"""Texts and rows that a user shows a model on the command line, and episodes of them in words."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from typer.testing import CliRunner
+
+from jobs import adapt, console, data
+from pipeline.errors import DataError
+from pipeline.learner import Learner, write_model
+from pipeline.shown_files import read_queries, read_support
+from tests.contract.entries import Case, card, raw
+
+
+@pytest.fixture(scope="module", params=["text", "tabular"])
+def case(request: pytest.FixtureRequest, tiny_sets: dict[str, Path], one_thread: None) -> Case:
+    return Case("protonet", {}, request.param, tiny_sets)
+
+
+def run(app: Any, *arguments: Any) -> Any:
+    answer = CliRunner().invoke(app, [*map(str, arguments), "--json"])
+    assert answer.exit_code == 0, (answer.output, answer.exception)
+    return json.loads(answer.stdout)
+
+
+def cells(case: Case, examples: Any) -> list[str]:
+    """Lines of a CSV file, with what a user would write for a missing value and a category."""
+    if isinstance(examples, list):
+        return list(examples)
+    colours = ["blue", "green", "red"]
+    return [f"{a!r},{'' if np.isnan(b) else repr(b)},{colours[int(c)]}" for a, b, c in examples.tolist()]
+
+
+def test_metapipe_adapt_reads_csv_files(case: Case, tmp_path: Path) -> None:
+    write_model(tmp_path / "model", card(case), case.state)
+    support, query = raw(case)
+    labels = [f"class {i}" for i in case.batch.support_y[0].tolist()]
+    header = "text" if isinstance(support, list) else "length,width,colour"
+    shown = [f"kind,{header}", *(f"{k},{c}" for k, c in zip(labels, cells(case, support), strict=True))]
+    (tmp_path / "support.csv").write_text("\n".join(shown) + "\n")
+    asked = tmp_path / ("query.txt" if isinstance(support, list) else "query.csv")
+    lines = cells(case, query)
+    asked.write_text("\n".join(lines if asked.suffix == ".txt" else [header, *lines]) + "\n")
+    app = console.single_command(adapt.adapt)
+    found = run(app, tmp_path / "model", "--support", tmp_path / "support.csv", "--query", asked, "--label", "kind")
+    expected = Learner.from_folder(tmp_path / "model").adapt(support, labels).predict(query)
+    assert found["labels"] == sorted(set(labels))
+    given = [list(p["probabilities"].values()) for p in found["predictions"]]
+    np.testing.assert_allclose(given, expected, atol=1e-6)
+    if isinstance(support, list):
+        assert [p["text"] for p in found["predictions"]] == query
+    else:
+        assert [p["row"] for p in found["predictions"]] == list(range(1, len(query) + 1))
+
+
+def test_metapipe_data_show_tells_episodes(case: Case, tiny_sets: dict[str, Path]) -> None:
+    folder = tiny_sets[case.experiment.task.family]
+    found = run(data.app, "show", folder, "--n-way", 3, "--k-shot", 2, "--episodes", 2)
+    assert [len(episode) for episode in found["episodes"]] == [3, 3]
+    assert all(len(examples) == 2 for episode in found["episodes"] for examples in episode.values())
+    (name, (example, _)), *_ = found["episodes"][0].items()
+    assert name.startswith("group")
+    assert "please" in example if isinstance(example, str) else set(example) == {"length", "width", "colour"}
+    in_words = CliRunner().invoke(data.app, ["show", str(folder), "--n-way", "3", "--episodes", "1"])
+    assert in_words.exit_code == 0
+    assert "episode 1" in in_words.output
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"label,text\na,x\n,y\n", "row 3 has no label"),
+        (b"label,words\na,x\n", "has no column 'text'; it has: label, words"),
+        (b"label,text\na\n", "row 2 has not 2 cells"),
+        (b"label,text\n", "holds no row"),
+        (b"label,text\na,\xff\n", "is not UTF-8"),
+        (b'label,text\na,"x\n', "not a CSV file"),
+    ],
+)
+def test_files_that_cannot_be_shown_are_refused(tmp_path: Path, content: bytes, words: str) -> None:
+    (tmp_path / "f.csv").write_bytes(content)
+    with pytest.raises(DataError, match=words):
+        read_support(tmp_path / "f.csv", label="label", text="text")
+
+
+def test_queries_are_lines_or_a_column(tmp_path: Path) -> None:
+    (tmp_path / "q.txt").write_text("one\n\n two, with a comma\n")
+    (tmp_path / "q.csv").write_text('text,more\n"two\nlines",1\n')
+    assert read_queries(tmp_path / "q.txt", text="text") == ["one", "two, with a comma"]
+    assert read_queries(tmp_path / "q.csv", text="text") == ["two\nlines"]
+    for name, words in (("none.csv", "cannot be read"), ("empty.txt", "holds no text")):
+        (tmp_path / "empty.txt").touch()
+        with pytest.raises(DataError, match=words):
+            read_queries(tmp_path / name, text="text")
