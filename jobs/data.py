@@ -14,7 +14,9 @@ app = console.new_app(help="Prepare data sets as Parquet shards, check them, loo
 app.add_typer(data_prepare.app, name="prepare")
 
 
-Folder = Annotated[str, typer.Argument(help="Folder of a prepared data set (it holds dataset.json), or s3://…")]
+Folder = Annotated[
+    str, typer.Argument(help="Folder of a prepared data set (it holds dataset.json), or s3://…, https://…")
+]
 
 
 @app.command()

@@ -123,6 +123,8 @@ def in_limits(data: Path, options: argparse.Namespace) -> dict[str, Any]:
             seconds.append(time.perf_counter() - start)
             waits.append(clock.data_seconds)
             state.step += 1
+            if time.perf_counter() - began > options.seconds:
+                break
     finally:
         ended.set()
         watcher.join()
@@ -207,6 +209,7 @@ def main() -> None:
     parser.add_argument("--window-steps", type=int, default=10)
     parser.add_argument("--cache-mb", type=int, default=600)
     parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--seconds", type=float, default=1800, help="of outer steps at most")
     parser.add_argument("--tasks", type=int, default=2, help="per outer step")
     parser.add_argument("--data", type=Path, help="where the set is, or is to be written and left; a temporary folder")
     parser.add_argument("--out", type=Path, help="folder for larger_than_memory.md and .json")

@@ -207,6 +207,11 @@ def test_picture_files_need_their_preprocessing(tmp_path: Path) -> None:
             tasks(out)
 
 
+def test_decoded_classes_are_kept_on_a_disk(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"decoded_cache: should be a folder on each machine's own disk"):
+        tasks(tmp_path, decoded_cache="s3://bucket/decoded")
+
+
 # decoded classes on disk
 
 

@@ -44,6 +44,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 LIBRARY_OF: dict[str, set[str]] = {
     "ray": {"pipeline.launch", "pipeline.tuning", "pipeline.submission", "pipeline.training.context"},
     "mlflow": {"pipeline.tracking", "pipeline.serving", "pipeline.served_model"},
+    "requests": {"pipeline.http_path"},
     "pyarrow": {"pipeline.tasks.shards", "pipeline.datasets.tables", "pipeline.storage", "pipeline.results"},
 }
 

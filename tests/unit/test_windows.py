@@ -140,6 +140,11 @@ def test_the_same_episodes_from_memory_from_shards_and_from_the_cache(data: Path
     assert torch.equal(cached.examples("meta_val", [3, 1], 5), whole.examples("meta_val", [3, 1], 5))
 
 
+def test_results_tell_of_windows(data: Path) -> None:
+    assert tasks(data, window=WINDOW).description["window"] == WINDOW
+    assert "window" not in tasks(data, window={"classes": 16, "steps": 1}).description
+
+
 def test_a_window_of_all_classes_changes_nothing(data: Path) -> None:
     plain, windowed = tasks(data), tasks(data, window={"classes": 16, "steps": 1})
     for step in (0, 1, 7):
