@@ -97,7 +97,7 @@ def markdown(
         "## Leakage\n\n" + _leakage(manifest, found),
         "## Problems\n\n" + _problems(manifest.source),
         "## Statistics\n\n" + _statistics(manifest, found, originals),
-        "## Classes\n\n" + _classes(found),
+        "## Classes\n\n" + _classes(manifest, found),
         "## How it was made\n\n" + _made(manifest, command),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
@@ -230,7 +230,10 @@ def _leakage(manifest: shards.Manifest, found: Survey) -> str:
                     f"- {_text(p.class_b)} [{p.number_b}] is in {_text(p.class_a)} [{p.number_a}]"
                     for p in each.listed[:10]
                 ]
-                text.append(f"{kind.capitalize()} across the parts of `{split}`, the first:\n\n" + "\n".join(listed))
+                text.append(
+                    f"{kind.capitalize()} across the parts of `{split}`, the first (in brackets the number in its "
+                    "class, from 0):\n\n" + "\n".join(listed)
+                )
     for split, pairs in found.look_alikes.items():
         listed = [f"- {_text(a)} ({pa}) and {_text(b)} ({pb}), {cosine:.2f}" for a, pa, b, pb, cosine in pairs[:10]]
         if listed:
@@ -266,8 +269,8 @@ def _statistics(manifest: shards.Manifest, found: Survey, originals: Mapping[str
             (
                 _text(column.name),
                 "numeric" if column.kind == "numeric" else f"{len(column.categories)} categories",
-                mean,
-                std,
+                mean if column.kind == "numeric" else "",
+                std if column.kind == "numeric" else "",
                 f"{100 * missing:.2f} %",
             )
             for column, mean, std, missing in numbers
@@ -285,12 +288,13 @@ def _statistics(manifest: shards.Manifest, found: Survey, originals: Mapping[str
     return "\n\n".join(text)
 
 
-def _classes(found: Survey) -> str:
+def _classes(manifest: shards.Manifest, found: Survey) -> str:
+    of = {"text": " of the length", "vector": " of the first columns"}.get(manifest.modality, " of the pixels")
     rows = [
         (_text(c.name), _text(c.group), c.examples, " ".join(_four(c.mean[:3])), " ".join(_four(c.std[:3])))
         for c in found.classes[:CLASS_ROWS]
     ]
-    table = _table(("class", "group", "examples", "mean", "standard deviation"), rows)
+    table = _table(("class", "group", "examples", f"mean{of}", "standard deviation"), rows)
     more = len(found.classes) - len(rows)
     return table + (f"\n\nThe other {more} classes are in {STATISTICS}." if more else "")
 

@@ -37,6 +37,7 @@ class Chosen(Source):
         self.columns, self.shape = source.columns, source.shape
         self._shares, self._all_test = shares, all_test
         self._lists = str(lists)
+        self._group_of: dict[str, str] | None = None
         self._listed: Mapping[str, Split] | None = None
         if lists is not None:
             given = read_class_lists(lists)
@@ -73,4 +74,7 @@ class Chosen(Source):
         return self.source.originals()
 
     def _groups(self) -> dict[str, str]:
-        return {raw.name: raw.group for raw in self.source.classes()}
+        """Class name -> group. Listed once, which takes a while where the raw data is one large table."""
+        if self._group_of is None:
+            self._group_of = {raw.name: raw.group for raw in self.source.classes()}
+        return self._group_of
