@@ -23,8 +23,10 @@ from torch import Tensor
 
 from pipeline.algorithms.gradient_based import GradientBased
 from pipeline.algorithms.inner_optimizer import InnerLoopConfig
+from pipeline.errors import ConfigError
 from pipeline.types import MetaState, Objective, Params, TaskModel
 
+LARGEST_MODE = 4096  # of a parameter: its matrix has that many entries squared
 MODES = ("out", "in", "filter")  # of a parameter [outputs, inputs, ...], as far as it has them
 
 
@@ -39,6 +41,20 @@ class MetaCurvatureConfig(InnerLoopConfig):
 
 class MetaCurvature(GradientBased):
     """Algorithm: MAML with transformed inner gradients."""
+
+    def __init__(
+        self, config: MetaCurvatureConfig, *, model: TaskModel, objective: Objective, train_classes: int | None = None
+    ) -> None:
+        """Raises ConfigError: a parameter that adapts is too long for a matrix of its length squared."""
+        super().__init__(config, model=model, objective=objective, train_classes=train_classes)
+        params = model.init(0)
+        for name in self.adapted_names:
+            longest = max(_mode_sizes(params[name]))
+            if longest > LARGEST_MODE:
+                raise ConfigError(
+                    f"algorithm.name: meta_curvature learns a matrix of {longest}×{longest} for {name}, which is too "
+                    f"large. Leave it alone in inner steps (algorithm.freeze: [{name}]), or choose another algorithm."
+                )
 
     def init(self, seed: int) -> MetaState:
         params = self.model.init(seed)

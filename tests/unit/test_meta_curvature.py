@@ -11,7 +11,9 @@ from torch import Tensor
 
 from pipeline.algorithms.maml import MAML, MAMLConfig
 from pipeline.algorithms.meta_curvature import MetaCurvature, MetaCurvatureConfig, transformed
+from pipeline.errors import ConfigError
 from pipeline.models.conv4 import Conv4Config
+from pipeline.models.text import TextConfig
 from pipeline.tasks.objectives import Classification
 from tests.references import (
     Point,
@@ -125,3 +127,16 @@ def test_what_it_describes() -> None:
     assert described["curvature_in/head.weight"] == pytest.approx(2)
     assert described["curvature_out/head.weight"] == 0
     assert len(described) == sum(name.startswith("meta_curvature/") for name in state.params)
+
+
+def test_a_table_of_embeddings_is_too_large_to_adapt_and_may_be_left_alone() -> None:
+    model = TextConfig(name="text", buckets=5000, embedding=4).build(
+        input_shape=(8,), num_outputs=3, dtype=torch.float64
+    )
+    content = {"name": "meta_curvature", "inner_lr": 0.1}
+    with pytest.raises(ConfigError, match=r"5001×5001 for embedding\.weight"):
+        MetaCurvatureConfig.model_validate(content).build(model=model, objective=Classification())
+    frozen = MetaCurvatureConfig.model_validate({**content, "freeze": ["embedding.weight"]})
+    state = frozen.build(model=model, objective=Classification()).init(0)
+    assert "meta_curvature/in/head.weight" in state.params
+    assert "meta_curvature/out/embedding.weight" not in state.params
