@@ -18,6 +18,7 @@ from jobs import console, data_summary
 
 if TYPE_CHECKING:
     from pipeline.datasets.prepare import Progress as Prepared
+    from pipeline.datasets.source import Original
     from pipeline.datasets.sources import SourceOptions
     from pipeline.datasets.survey import Survey
     from pipeline.tasks.shards import Manifest
@@ -102,7 +103,7 @@ def prepare(
 
 
 def write_card(
-    folder: str, manifest: Manifest, *, command: str | None = None, originals: Mapping[str, int] | None = None
+    folder: str, manifest: Manifest, *, command: str | None = None, originals: Mapping[Original, int] | None = None
 ) -> Survey:
     """The data card, with its progress shown. Raises DataError."""
     from pipeline.datasets import card

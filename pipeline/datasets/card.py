@@ -18,6 +18,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from pipeline.datasets.duplicates import LISTED
 from pipeline.datasets.preprocessing import Preprocessing, decode_picture
+from pipeline.datasets.source import Original
 from pipeline.datasets.survey import Survey, survey
 from pipeline.errors import DataError
 from pipeline.storage import Location, location
@@ -38,12 +39,12 @@ def write_card(
     manifest: shards.Manifest,
     *,
     command: str | None = None,
-    originals: Mapping[str, int] | None = None,
+    originals: Mapping[Original, int] | None = None,
     progress: Callable[[int], None] = lambda _: None,
 ) -> Survey:
     """Look at every example and write the card into the data set's folder; returns what was found.
 
-    command: that made the data set. originals: how often each size and mode was met among the raw pictures.
+    command: that made the data set. originals: how often each kind of raw picture was met.
     Raises DataError: a shard cannot be read, or the folder not be written to.
     """
     folder = location(folder)
@@ -84,7 +85,7 @@ def markdown(
     *,
     name: str,
     command: str | None,
-    originals: Mapping[str, int],
+    originals: Mapping[Original, int],
     picture: bool,
     texts: Sequence[tuple[str, str, str]] = (),
 ) -> str:
@@ -255,7 +256,7 @@ def _problems(source: Mapping[str, Any]) -> str:
     return "\n\n".join(text)
 
 
-def _statistics(manifest: shards.Manifest, found: Survey, originals: Mapping[str, int]) -> str:
+def _statistics(manifest: shards.Manifest, found: Survey, originals: Mapping[Original, int]) -> str:
     text = []
     if manifest.modality in ("image", "encoded_image"):
         channels = ("grey",) if len(found.mean) == 1 else ("red", "green", "blue")
@@ -278,14 +279,27 @@ def _statistics(manifest: shards.Manifest, found: Survey, originals: Mapping[str
         text.append(_table(("column", "kind", "mean", "standard deviation", "missing"), rows[:COLUMNS]))
         if len(rows) > COLUMNS:
             text.append(f"The other {len(rows) - COLUMNS} columns are in {STATISTICS}.")
-    sizes = originals or {f"{w}×{h}": n for (w, h), n in found.sizes.items()}
-    if sizes:
-        common = Counter(sizes).most_common(10)
-        header = ("original pictures (a sample of each class)", "number")
-        text.append(_table(header, [(_text(kind), count) for kind, count in common]))
-        if len(sizes) > len(common):
-            text.append(f"And {len(sizes) - len(common)} other kinds; all are in {STATISTICS}.")
+    raw = _originals(originals or found.originals)
+    if raw:
+        header = ("raw pictures (a sample of each class)", "least", "median", "most")
+        text.append(_table(header, [(side, *raw[side].values()) for side in ("width", "height")]))
+        for kind in ("modes", "formats"):
+            if raw[kind]:
+                text.append(f"Their {kind}: " + ", ".join(f"{name} {count}" for name, count in raw[kind].items()) + ".")
     return "\n\n".join(text)
+
+
+def _originals(found: Mapping[Original, int]) -> dict[str, dict[str, Any]]:
+    """Sizes in pixels, and how often each mode and format is there; empty where nothing is known."""
+    if not found:
+        return {}
+    each = list(Counter(found).elements())
+    described: dict[str, dict[str, Any]] = {}
+    for side, values in (("width", [o.width for o in each]), ("height", [o.height for o in each])):
+        described[side] = {"least": min(values), "median": statistics.median_low(values), "most": max(values)}
+    described["modes"] = dict(Counter(o.mode for o in each).most_common())
+    described["formats"] = dict(Counter(o.format for o in each if o.format).most_common())
+    return described
 
 
 def _classes(manifest: shards.Manifest, found: Survey) -> str:
@@ -310,13 +324,13 @@ def _made(manifest: shards.Manifest, command: str | None) -> str:
     return "\n\n".join(text)
 
 
-def _json(manifest: shards.Manifest, found: Survey, originals: Mapping[str, int]) -> str:
+def _json(manifest: shards.Manifest, found: Survey, originals: Mapping[Original, int]) -> str:
     content = {
         "digest": manifest.digest,
         "mean": found.mean,
         "std": found.std,
         "missing": found.missing,
-        "original_pictures": dict(originals) or {f"{w}x{h}": n for (w, h), n in sorted(found.sizes.items())},
+        "raw_pictures": _originals(originals or found.originals),
         "copies_within_classes": found.copies_within,
         "copies_across_classes": found.copies_across,
         "identical": {

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.datasets.class_lists import by_lists, read_class_lists
-from pipeline.datasets.source import Examples, Problem, RawClass, Source
+from pipeline.datasets.source import Examples, Original, Problem, RawClass, Source
 from pipeline.datasets.splits import all_in, group_split, random_split
 from pipeline.types import Split
 
@@ -70,7 +70,7 @@ class Chosen(Source):
             splits[LISTED] = dict(self._listed)
         return splits
 
-    def originals(self) -> Mapping[str, int]:
+    def originals(self) -> Mapping[Original, int]:
         return self.source.originals()
 
     def _groups(self) -> dict[str, str]:

@@ -22,7 +22,7 @@ from pydantic import Field
 
 from pipeline.datasets.labels import check_names
 from pipeline.datasets.preprocessing import IMAGE_SUFFIXES, Preprocessing, open_picture, pictures_in, readable
-from pipeline.datasets.source import Examples, Problem, RawClass, Source
+from pipeline.datasets.source import Examples, Original, Problem, RawClass, Source
 from pipeline.datasets.sources import FolderOptions
 from pipeline.datasets.splits import group_split, random_split
 from pipeline.errors import DataError
@@ -92,15 +92,15 @@ class ImageFolder(Source):
             splits["group"] = group_split(groups, seed=seed)
         return splits
 
-    def originals(self) -> Counter[str]:
-        """Size, mode and format of the first pictures of each class, by their headers."""
-        found: Counter[str] = Counter()
+    def originals(self) -> Counter[Original]:
+        """Of the first pictures of each class, by their headers."""
+        found: Counter[Original] = Counter()
         for folder in self._classes.values():
             for path in pictures_in(folder)[:LOOKED_AT]:
                 try:
                     _check_file(path)
                     with Image.open(path) as picture:
-                        found[f"{picture.width}×{picture.height} {picture.mode} {picture.format}"] += 1
+                        found[Original(picture.width, picture.height, picture.mode, picture.format or "")] += 1
                 except (DataError, OSError, SyntaxError, ValueError, Image.DecompressionBombError):
                     continue  # counted as a problem when it is read
         return found

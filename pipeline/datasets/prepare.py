@@ -232,7 +232,7 @@ class _Findings:
 
     def refuse(self) -> None:
         """Raises DataError: there were problems."""
-        found = [f"{problem.item}: {problem.reason}" for problem in self._problems[:5]]
+        found = [f"{problem.item}: {problem.reason.rstrip('.')}" for problem in self._problems[:5]]
         found += [f"class {each['class']}: only {each['examples']} examples" for each in self._left_out[:5]]
         total = self._num_problems + self._num_left_out
         if total:

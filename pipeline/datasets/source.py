@@ -60,6 +60,15 @@ class Problem(NamedTuple):
     reason: str
 
 
+class Original(NamedTuple):
+    """What a raw picture is like."""
+
+    width: int  # pixels
+    height: int
+    mode: str  # as Pillow names them: "RGB", "L", …
+    format: str  # "JPEG", …; empty where it is not known
+
+
 class Source(Protocol):
     """Raw data. A class of its own inherits from this one and is picklable: `read` is called in other processes."""
 
@@ -85,8 +94,8 @@ class Source(Protocol):
         """Name of a class split -> class name -> part; known before the examples are read."""
         ...
 
-    def originals(self) -> Mapping[str, int]:
-        """How often each kind of raw picture (size, mode, format) is met in a sample of each class; for the data card.
+    def originals(self) -> Mapping[Original, int]:
+        """How often each kind of raw picture is met in a sample of each class; for the data card.
 
         Empty where they are all of one kind, or are no pictures.
         """

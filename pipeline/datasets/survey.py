@@ -15,7 +15,7 @@ import numpy as np
 from pipeline.datasets.duplicates import Digests, Leaks, Likeness
 from pipeline.datasets.near_duplicates import NearDuplicate, alike, mean_image
 from pipeline.datasets.preprocessing import Preprocessing, decode_picture
-from pipeline.datasets.source import Examples
+from pipeline.datasets.source import Examples, Original
 from pipeline.errors import DataError
 from pipeline.storage import Location
 from pipeline.tasks import shards
@@ -46,7 +46,7 @@ class Survey(NamedTuple):
     mean: list[float]  # over all examples
     std: list[float]
     missing: list[float]  # of vectors: the share of the examples without a value, by column
-    sizes: Counter[tuple[int, int]]  # width and height of encoded pictures, of those that were decoded
+    originals: Counter[Original]  # encoded pictures, of those that were decoded
     copies_within: int  # examples that are identical to another of their class
     copies_across: int  # … to one of another class
     identical: dict[str, Leaks]  # by class split: examples of later parts that are in an earlier one as well
@@ -65,7 +65,7 @@ def survey(
     per_class = max(2, NEAR_EXAMPLES // len(manifest.classes))
     classes: list[ClassStatistics] = []
     whole = Moments()
-    sizes: Counter[tuple[int, int]] = Counter()
+    originals: Counter[Original] = Counter()
     means: dict[str, np.ndarray] = {}
     with shards.ShardReader(folder, manifest) as reader:
         for class_id, entry in enumerate(manifest.classes):
@@ -75,7 +75,7 @@ def survey(
             for part in reader.parts(class_id):
                 hashes = digests.add(class_id, seen, part)
                 if manifest.modality in ("image", "encoded_image"):
-                    pictures, which = _pictures(manifest, part, max(0, DECODED - seen), sizes)
+                    pictures, which = _pictures(manifest, part, max(0, DECODED - seen), originals)
                     moments.add(pictures)
                     first.append(pictures[: max(0, DECODED - seen)])
                     wanted = which[: max(0, per_class - seen)]
@@ -106,7 +106,7 @@ def survey(
         mean=whole.means(),
         std=whole.stds(),
         missing=whole.missing() if manifest.modality == "vector" else [],
-        sizes=sizes,
+        originals=originals,
         copies_within=within,
         copies_across=across,
         identical=identical,
@@ -179,11 +179,11 @@ def _rounded(values: np.ndarray | float) -> list[float]:
 
 
 def _pictures(
-    manifest: shards.Manifest, part: Examples, left: int, sizes: Counter[tuple[int, int]]
+    manifest: shards.Manifest, part: Examples, left: int, originals: Counter[Original]
 ) -> tuple[np.ndarray, np.ndarray]:
     """uint8 [n, H, W, C] and their numbers [n] in the part: all images, or the first `left` encoded ones.
 
-    Of these, those that can be decoded; their sizes are counted.
+    Of these, those that can be decoded; they are counted.
     """
     if isinstance(part, np.ndarray):
         return part, np.arange(len(part))
@@ -194,7 +194,7 @@ def _pictures(
             picture = decode_picture(io.BytesIO(content), name="an encoded picture")  # type: ignore[arg-type]
         except DataError:
             continue  # what it is counted as stands in the manifest, or its reader will say so
-        sizes[picture.size] += 1
+        originals[Original(*picture.size, picture.mode, "")] += 1
         images.append(preprocessing(picture))
         which.append(number)
     return np.stack(images) if images else np.empty((0, *manifest.shape), np.uint8), np.array(which, np.int64)

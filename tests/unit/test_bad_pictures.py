@@ -19,6 +19,7 @@ from pipeline.datasets.image_folder import ImageFolder, class_folders, encoded_p
 from pipeline.datasets.labels import check_names
 from pipeline.datasets.prepare import Progress, prepare
 from pipeline.datasets.preprocessing import Preprocessing, open_picture
+from pipeline.datasets.source import Original
 from pipeline.errors import DataError
 from pipeline.tasks import shards
 
@@ -179,7 +180,7 @@ def test_mixed_modes_sizes_and_formats_become_one_shape(tmp_path: Path) -> None:
     assert manifest.shape == (16, 16, 3)
     modes = ImageFolder(root, preprocessing=PHOTO).originals()
     assert sum(modes.values()) == 12
-    assert modes["20×24 RGB JPEG"] == 1
+    assert modes[Original(20, 24, "RGB", "JPEG")] == 1
 
 
 def test_encoded_pictures_stay_as_they_are_or_become_png(tmp_path: Path) -> None:

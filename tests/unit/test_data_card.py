@@ -16,7 +16,7 @@ from pipeline.datasets import duplicates, near_duplicates
 from pipeline.datasets.card import CARD, PICTURE, STATISTICS, write_card
 from pipeline.datasets.duplicates import Digests, Likeness, Pair, normalized, thumbnails
 from pipeline.datasets.preprocessing import Preprocessing
-from pipeline.datasets.source import Column
+from pipeline.datasets.source import Column, Original
 from pipeline.datasets.survey import Moments, survey
 from pipeline.tasks import shards
 from pipeline.types import SPLITS
@@ -229,18 +229,22 @@ def test_normalizing_twice_changes_nothing(text: str) -> None:
 
 # --- the card
 
+RAW = {Original(20, 20, "L", "PNG"): 40, Original(300, 200, "RGB", "PNG"): 8}
+
 
 def test_the_card_says_what_is_there(tmp_path: Path) -> None:
     classes = {f"class{i}": images(6) for i in range(8)}
     classes["class7"][0] = classes["class0"][0]
     manifest = written(tmp_path / "out", classes, [0, 0, 0, 0, 1, 1, 2, 2])
     before = shards.read_manifest(tmp_path / "out")
-    write_card(tmp_path / "out", manifest, command="metapipe data prepare …", originals={"20×20 L PNG": 48})
+    write_card(tmp_path / "out", manifest, command="metapipe data prepare …", originals=RAW)
     text = (tmp_path / "out" / CARD).read_text(encoding="utf-8")
     for part in ("# out", "48 images of 8 classes", "| random | meta_train | 4 | 1 | 24 |", "metapipe data prepare …"):
         assert part in text
     assert "class7 [0] is in class0 [0]" in text
-    assert "20×20 L PNG" in text
+    assert "| width | 20 | 20 | 300 |" in text
+    assert "Their modes: L 40, RGB 8." in text
+    assert "Their formats: PNG 48." in text
     assert manifest.digest in text
     with Image.open(tmp_path / "out" / PICTURE) as sheet:
         assert sheet.height > 8 * 50
@@ -250,7 +254,7 @@ def test_the_card_says_what_is_there(tmp_path: Path) -> None:
     assert [entry["name"] for entry in content["classes"]] == list(classes)
     assert shards.verify(tmp_path / "out") == before, "the card changed the data set"
     again = text
-    write_card(tmp_path / "out", manifest, command="metapipe data prepare …", originals={"20×20 L PNG": 48})
+    write_card(tmp_path / "out", manifest, command="metapipe data prepare …", originals=RAW)
     assert (tmp_path / "out" / CARD).read_text(encoding="utf-8") == again
 
 
@@ -274,6 +278,6 @@ def test_encoded_pictures_have_sizes_and_a_damaged_one_does_no_harm(tmp_path: Pa
     classes = {"a": [file(0, 20), file(1, 40)], "b": [file(0, 20), b"no picture"]}
     manifest = written(tmp_path / "out", classes, [0, 2], modality="encoded_image", shape=(20, 20, 1))
     found = write_card(tmp_path / "out", manifest)
-    assert found.sizes == {(20, 30): 2, (40, 30): 1}
+    assert found.originals == {Original(20, 30, "L", ""): 2, Original(40, 30, "L", ""): 1}
     assert found.identical["random"].examples == 1
     assert (tmp_path / "out" / PICTURE).is_file()
