@@ -5,7 +5,8 @@ from __future__ import annotations
 import inspect
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -18,6 +19,7 @@ from jobs import console, data_summary
 
 if TYPE_CHECKING:
     from pipeline.datasets.prepare import Progress as Prepared
+    from pipeline.datasets.reading import Reader
     from pipeline.datasets.source import Original
     from pipeline.datasets.sources import SourceOptions
     from pipeline.datasets.survey import Survey
@@ -49,6 +51,10 @@ def prepare(
     min_examples: Annotated[int, typer.Option(min=1, help="Leave out classes with fewer.")] = 1,
     strict: Annotated[bool, typer.Option("--strict", help="Refuse raw data with anything odd or unreadable.")] = False,
     workers: Annotated[int | None, typer.Option(min=1, help="Processes that read; default: one per CPU.")] = None,
+    address: Annotated[
+        str | None,
+        typer.Option(help="Read on a Ray cluster: HOST:PORT of its head, or auto. All its nodes see the raw data."),
+    ] = None,
     card: Annotated[
         bool, typer.Option("--card/--no-card", help="Write DATASET.md, with a picture and statistics.")
     ] = True,
@@ -67,7 +73,7 @@ def prepare(
     from pipeline.storage import location
     from pipeline.tasks import shards
 
-    options = read_options(source_name, _with_folder(given, out))
+    options = read_options(source_name, _with_folder(given, out, shared=address is not None))
     record = {"name": source_name, **options.record(), "seed": seed, **_record_of_splits(class_lists, shares, all_test)}
     if reuse and (location(out) / shards.MANIFEST).exists():
         manifest = shards.read_manifest(out)
@@ -87,17 +93,19 @@ def prepare(
             text = f"{done.classes} classes, {done.examples} examples{bad}, now {escape(done.name)}"
             bar.update(task, description=text)
 
-        manifest, _ = write_data_set(
-            source,
-            out,
-            record=record,
-            seed=seed,
-            overwrite=overwrite,
-            strict=strict,
-            min_examples=min_examples,
-            workers=workers,
-            progress=advance,
-        )
+        with _reader(address) as reader:
+            manifest, _ = write_data_set(
+                source,
+                out,
+                record=record,
+                seed=seed,
+                overwrite=overwrite,
+                strict=strict,
+                min_examples=min_examples,
+                workers=workers,
+                reader=reader,
+                progress=advance,
+            )
     found = write_card(out, manifest, command=_command(), originals=source.originals()) if card else None
     data_summary.emit(out, manifest, as_json=json, found=found)
 
@@ -145,14 +153,34 @@ def _record_of_splits(class_lists: Path | None, shares: str | None, all_test: bo
     return {name: value for name, value in asked.items() if value}
 
 
-def _with_folder(given: Mapping[str, Any], out: str) -> dict[str, Any]:
-    """The options with a folder for what is downloaded: raw/ beside `out`, where no other was given."""
+@contextmanager
+def _reader(address: str | None) -> Iterator[Reader]:
+    """What reads: processes of this machine, or a Ray cluster's. Raises ConfigError: no cluster answers there."""
+    from pipeline.datasets import on_ray, reading
+
+    if address is None:
+        yield reading.read_chunks
+        return
+    from pipeline.launch import ray_cluster
+
+    console.use_cluster(address)
+    with ray_cluster(cpus=1):
+        yield on_ray.read_chunks
+
+
+def _with_folder(given: Mapping[str, Any], out: str, *, shared: bool) -> dict[str, Any]:
+    """The options with a folder for what is downloaded: raw/ beside `out`, where no other was given.
+
+    shared: processes that work in other folders read it too.
+    """
     from pipeline.storage import location
 
-    if not given.get("download") or given.get("directory"):
-        return dict(given)
-    place = location(out)
-    return {**given, "directory": place.parent / "raw" if isinstance(place, Path) else Path("data/raw")}
+    if not given.get("directory"):
+        if not given.get("download"):
+            return dict(given)
+        place = location(out)
+        given = {**given, "directory": place.parent / "raw" if isinstance(place, Path) else Path("data/raw")}
+    return {**given, "directory": Path(given["directory"]).absolute()} if shared else dict(given)
 
 
 def _check_same(out: str, manifest: Manifest, record: dict[str, Any]) -> None:

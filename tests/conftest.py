@@ -16,7 +16,9 @@ from tests.servers import mlflow_server, postgres, s3
 REPOSITORY = Path(__file__).resolve().parents[1]
 
 
-ON_ONE_RAY_CLUSTER = tuple(f"tests/integration/test_{name}.py" for name in ("command_line", "whole_way", "sweeps"))
+ON_ONE_RAY_CLUSTER = tuple(
+    f"tests/integration/test_{name}.py" for name in ("command_line", "whole_way", "sweeps", "prepare_on_ray")
+)
 ORDER = ("distributed", "integration", "contract", "infra", "unit")  # what takes long is not left for the end
 
 

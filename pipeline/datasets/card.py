@@ -21,7 +21,7 @@ from pipeline.datasets.preprocessing import Preprocessing, decode_picture
 from pipeline.datasets.source import Original
 from pipeline.datasets.survey import Survey, survey
 from pipeline.errors import DataError
-from pipeline.storage import Location, location
+from pipeline.storage import Location, location, write
 from pipeline.tasks import shards
 from pipeline.types import SPLITS
 
@@ -60,10 +60,10 @@ def write_card(
         texts=some_texts(folder, manifest) if manifest.modality == "text" else (),
     )
     try:
-        (folder / STATISTICS).write_bytes(_json(manifest, found, originals or {}).encode())
+        write(folder / STATISTICS, _json(manifest, found, originals or {}))
         if picture is not None:
-            (folder / PICTURE).write_bytes(picture)
-        (folder / CARD).write_bytes(text.encode())
+            write(folder / PICTURE, picture)
+        write(folder / CARD, text)  # last: where it stands the others do
     except OSError as error:
         raise DataError(f"{folder}: the data card cannot be written ({error}).") from error
     return found

@@ -12,6 +12,7 @@ import csv
 import difflib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import TypeVar
 
 from pipeline.errors import DataError
 from pipeline.types import Split
@@ -23,6 +24,8 @@ PARTS: dict[str, Split] = {
 }
 SUFFIXES = (".txt", ".csv")
 MAX_BYTES = 64 << 20
+
+Row = TypeVar("Row")
 
 
 def read_class_lists(path: Path) -> dict[str, Split]:
@@ -57,7 +60,7 @@ def by_lists(groups: Mapping[str, str], lists: Mapping[str, Split], *, source: s
 def _with_parts(path: Path) -> Iterator[tuple[str, str, Split]]:
     lines = _lines(path)
     delimiter = "\t" if lines and "\t" in lines[0] else ","
-    for number, row in enumerate(csv.reader(lines, delimiter=delimiter), start=1):
+    for number, row in enumerate(_rows(path, csv.reader(lines, delimiter=delimiter)), start=1):
         cells = [cell.strip() for cell in row]
         if not any(cells) or (number == 1 and cells[-1].lower() in ("part", "split")):
             continue
@@ -75,10 +78,17 @@ def _by_part(folder: Path) -> Iterator[tuple[str, str, Split]]:
     for file in files:
         lines = _lines(file)
         if file.suffix == ".csv" and lines and "label" in lines[0].split(","):
-            lines = [row["label"] or "" for row in csv.DictReader(lines)]
+            lines = [row["label"] or "" for row in _rows(file, csv.DictReader(lines))]
         for name in dict.fromkeys(line.strip() for line in lines):
             if name:
                 yield str(file), name, PARTS[file.stem]
+
+
+def _rows(path: Path, reader: Iterator[Row]) -> Iterator[Row]:
+    try:
+        yield from reader
+    except csv.Error as error:
+        raise DataError(f"{path}: not a list of classes ({error}).") from error
 
 
 def _lines(path: Path) -> list[str]:

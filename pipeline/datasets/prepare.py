@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pipeline.datasets.near_duplicates import NearDuplicate, alike, mean_image
-from pipeline.datasets.reading import Chunk, ClassPart, mark_of, read_chunks
+from pipeline.datasets.reading import Chunk, ClassPart, Reader, mark_of, read_chunks
 from pipeline.datasets.source import Examples, Problem, RawClass, Source
 from pipeline.errors import DataError
 from pipeline.storage import Location
@@ -54,14 +54,15 @@ def prepare(
     strict: bool = False,
     min_examples: int = 1,
     workers: int | None = None,
+    reader: Reader = read_chunks,
     progress: Callable[[Progress], None] = lambda _: None,
 ) -> tuple[shards.Manifest, dict[str, list[NearDuplicate]]]:
     """Write `source` to the folder `out`; returns the manifest and, per class split, look-alikes across its parts.
 
     record: how the data was made, for the manifest. seed: of the class splits. strict: refuse what could not be read;
     else it is left out and recorded in the manifest's source, under `problems`, and classes that are left with fewer
-    than `min_examples` under `left_out`. workers: processes that read; None: one per CPU. progress: told of every
-    class, and of every chunk of a large one.
+    than `min_examples` under `left_out`. workers: processes that read; None: one per CPU. reader: what
+    reads; `on_ray.read_chunks` has a cluster do it. progress: told of every class, and of every chunk of a large one.
 
     Raises DataError (see shards.write), and with `strict` one that names the first items that could not be read.
     """
@@ -71,11 +72,11 @@ def prepare(
     with shards.staged(out, overwrite=overwrite, key=key) as place:
         preparation = _Preparation(source, splits, place.folder, min_examples)
         try:
-            preparation.run(workers, progress)
+            preparation.run(reader, workers, progress)
         except shards.SpoolError:  # damaged, or the raw data has changed: from the start
             preparation.forget()
             preparation = _Preparation(source, splits, place.folder, min_examples)
-            preparation.run(workers, progress)
+            preparation.run(reader, workers, progress)
         findings = preparation.findings
         if strict:
             findings.refuse()
@@ -111,7 +112,7 @@ class _Preparation:
             whole=len(self._whole),
         )
 
-    def run(self, workers: int | None, progress: Callable[[Progress], None]) -> None:
+    def run(self, reader: Reader, workers: int | None, progress: Callable[[Progress], None]) -> None:
         """Raises SpoolError: what was left there is damaged or of other raw data; nothing of it can be used."""
         listed = chunks(self._source.classes())
         for record, parts in zip(
@@ -122,7 +123,7 @@ class _Preparation:
                 raise shards.SpoolError("the raw data has changed")
             for part, rows, examples, found in zip(chunk, record.rows, parts, record.problems, strict=True):
                 progress(self._take(part, examples, rows, [Problem(*problem) for problem in found]))
-        for chunk, read in read_chunks(self._source, listed, workers=workers):
+        for chunk, read in reader(self._source, listed, workers=workers):
             done = [
                 self._take(part, examples, len(examples), problems)
                 for part, (examples, problems) in zip(chunk, read, strict=True)

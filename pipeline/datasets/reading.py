@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import threading
+import warnings
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
@@ -15,7 +16,7 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context, parent_process
 from multiprocessing.connection import wait
 from pathlib import Path
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 from pipeline.datasets.labels import shown
 from pipeline.datasets.source import Examples, Problem, Source
@@ -36,6 +37,14 @@ class ClassPart(NamedTuple):
 
 Chunk: TypeAlias = list[ClassPart]
 Read: TypeAlias = list[tuple[Examples, list[Problem]]]  # of each part of a chunk
+
+
+class Reader(Protocol):
+    """What `read_chunks` does, here or elsewhere."""
+
+    def __call__(
+        self, source: Source, chunks: Iterator[Chunk], *, workers: int | None = None
+    ) -> Iterator[tuple[Chunk, Read]]: ...
 
 
 def mark_of(chunk: Chunk) -> str:
@@ -116,6 +125,7 @@ def _start(source: Source) -> None:
     global _source
     _source = source
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    warnings.simplefilter("ignore")  # Pillow's, about odd files, would tear the display
     parent = parent_process()
     if parent is not None:
         threading.Thread(target=lambda: (wait([parent.sentinel]), os._exit(1)), daemon=True).start()

@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from pipeline.datasets.chosen import Chosen
 from pipeline.datasets.class_lists import by_lists, read_class_lists
@@ -87,6 +89,17 @@ def test_a_file_for_each_part(tmp_path: Path) -> None:
 def test_lists_that_are_none(text: str, says: str, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=says):
         read_class_lists(written(tmp_path / "lists.csv", text))
+
+
+@settings(max_examples=60, deadline=None)
+@given(text=st.lists(st.sampled_from([*'ab,\t\n\r" é\0', "train", "test", "part"]), max_size=30).map("".join))
+def test_any_text_is_a_list_or_a_data_error(text: str, tmp_path_factory: pytest.TempPathFactory) -> None:
+    file = tmp_path_factory.getbasetemp() / "any.csv"
+    file.write_text(text, encoding="utf-8", newline="")
+    try:
+        assert set(read_class_lists(file).values()) <= {"meta_train", "meta_val", "meta_test"}
+    except DataError as error:
+        assert str(error).startswith(str(file))  # noqa: PT017
 
 
 def test_places_that_hold_no_lists(tmp_path: Path) -> None:

@@ -42,7 +42,13 @@ MAY_IMPORT: dict[str, set[str]] = {
 
 # A library -> the only modules and rooms that may import it.
 LIBRARY_OF: dict[str, set[str]] = {
-    "ray": {"pipeline.launch", "pipeline.tuning", "pipeline.submission", "pipeline.training.context"},
+    "ray": {
+        "pipeline.launch",
+        "pipeline.tuning",
+        "pipeline.submission",
+        "pipeline.training.context",
+        "pipeline.datasets.on_ray",
+    },
     "mlflow": {"pipeline.tracking", "pipeline.serving", "pipeline.served_model"},
     "requests": {"pipeline.http_path"},
     "pyarrow": {"pipeline.tasks.shards", "pipeline.datasets.tables", "pipeline.storage", "pipeline.results"},

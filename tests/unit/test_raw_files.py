@@ -136,6 +136,24 @@ def test_a_gzip_bomb_is_read_no_further_than_its_header_says(tmp_path: Path) -> 
         opened("mnist", tmp_path / "a")
 
 
+@settings(max_examples=60, deadline=None)
+@given(data=st.data(), compressed=st.booleans())
+def test_damage_to_an_idx_file_gives_an_array_or_a_data_error(
+    data: st.DataObject, compressed: bool, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    whole = idx(np.arange(60, dtype=np.uint8).reshape(5, 4, 3))
+    content = bytearray(gzip.compress(whole) if compressed else whole)
+    for _ in range(data.draw(st.integers(1, 3))):
+        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+    file = tmp_path_factory.getbasetemp() / ("damaged.gz" if compressed else "damaged")
+    file.write_bytes(content[: data.draw(st.integers(0, len(content)))])
+    mnist.read_idx.cache_clear()
+    try:
+        assert mnist.read_idx(file, axes=3).ndim == 3
+    except DataError as error:
+        assert str(error).startswith(f"{file}: ")  # noqa: PT017
+
+
 # --- pickles of arrays
 
 
