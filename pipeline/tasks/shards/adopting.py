@@ -19,6 +19,7 @@ from pipeline.tasks.shards import bounds
 from pipeline.tasks.shards.bounds import bounded_batches
 from pipeline.tasks.shards.digests import file_sha256
 from pipeline.tasks.shards.examples import DTYPE, FIXED, ExamplesDigest, from_arrow
+from pipeline.tasks.shards.footer import row_groups
 from pipeline.tasks.shards.foreign import BETWEEN, check_row_groups, column_of, labels_of, normalized, usable
 from pipeline.tasks.shards.manifest import SHARD_FILE, Layout
 
@@ -147,10 +148,11 @@ def index(
     for shard, (place, file) in enumerate(zip(files, opened, strict=True)):
         name = _name(folder, place)
         try:
-            check_row_groups(file, layout)
-            for row_group in range(file.num_row_groups):
+            footers = row_groups(file.metadata)
+            check_row_groups(file, footers, layout)
+            for row_group in range(len(footers)):
                 start = 0
-                for batch in bounded_batches(file, row_group, layout.columns):
+                for batch in bounded_batches(file, footers, row_group, layout.columns):
                     examples, labels = column_of(batch, layout.example), labels_of(batch, layout)
                     if modality == "vector" and shape is None and len(examples):
                         shape = _vector_shape(examples)

@@ -7,30 +7,35 @@ from collections.abc import Iterator, Sequence
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.tasks.shards.footer import RowGroupFooter
+
 MAX_ROW_GROUP_BYTES = 64 << 20  # decoded; a larger one is not of our writing
 
 
-def bounded_table(file: pq.ParquetFile, row_group: int, columns: Sequence[str]) -> pa.Table:
+def bounded_table(
+    file: pq.ParquetFile, footers: Sequence[RowGroupFooter], number: int, columns: Sequence[str]
+) -> pa.Table:
     """Some columns of a row group. Raises ValueError and pyarrow's errors: more than a row group may be, or damaged."""
-    batches = list(bounded_batches(file, row_group, columns))
+    batches = list(bounded_batches(file, footers, number, columns))
     if not batches:
-        raise ValueError(f"row group {row_group} is empty")
+        raise ValueError(f"row group {number} is empty")
     return pa.Table.from_batches(batches)
 
 
-def bounded_batches(file: pq.ParquetFile, row_group: int, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+def bounded_batches(
+    file: pq.ParquetFile, footers: Sequence[RowGroupFooter], number: int, columns: Sequence[str]
+) -> Iterator[pa.RecordBatch]:
     """The batches of a row group, as long as they are no more than a row group may be.
 
     No value is longer than its column is in the file, so a batch is within the limit too, however it is encoded.
     """
-    if row_group >= file.num_row_groups:
-        raise ValueError(f"the file has {file.num_row_groups} row groups")
-    group = file.metadata.row_group(row_group)
-    longest = max(group.column(index).total_uncompressed_size for index in range(group.num_columns))
+    if number >= len(footers):
+        raise ValueError(f"the file has {len(footers)} row groups")
+    longest = max((max(chunk.uncompressed, chunk.compressed) for chunk in footers[number].chunks), default=0)
     rows = max(1, MAX_ROW_GROUP_BYTES // max(longest, 1))
     left = MAX_ROW_GROUP_BYTES
-    for batch in file.iter_batches(batch_size=rows, row_groups=[row_group], columns=list(columns)):
+    for batch in file.iter_batches(batch_size=rows, row_groups=[number], columns=list(columns)):
         left -= batch.nbytes
         if left < 0:
-            raise ValueError(f"row group {row_group} holds more than {MAX_ROW_GROUP_BYTES >> 20} MiB")
+            raise ValueError(f"row group {number} holds more than {MAX_ROW_GROUP_BYTES >> 20} MiB")
         yield batch

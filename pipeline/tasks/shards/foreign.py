@@ -13,23 +13,19 @@ import pyarrow.parquet as pq
 from pipeline.datasets.source import Modality
 from pipeline.tasks.shards import bounds
 from pipeline.tasks.shards.examples import arrow_type
+from pipeline.tasks.shards.footer import RowGroupFooter
 from pipeline.tasks.shards.manifest import Layout
 
 BETWEEN = "\0"  # a group and a label; neither may hold it
 
 
-def check_row_groups(file: pq.ParquetFile, layout: Layout) -> None:
+def check_row_groups(file: pq.ParquetFile, footers: Sequence[RowGroupFooter], layout: Layout) -> None:
     """Raises ValueError: a column is missing, or a row group would be larger in memory than is read at once."""
-    for path in layout.columns:
-        if path.split(".")[0] not in file.schema_arrow.names:
-            raise ValueError(f"it has no column {path.split('.')[0]!r}")
-    for number in range(file.metadata.num_row_groups):
-        group = file.metadata.row_group(number)
-        size = sum(
-            column.total_uncompressed_size
-            for column in map(group.column, range(group.num_columns))
-            if any(column.path_in_schema.split(".")[0] == path.split(".")[0] for path in layout.columns)
-        )
+    names = {path.split(".")[0] for path in layout.columns}
+    for name in sorted(names - set(file.schema_arrow.names)):
+        raise ValueError(f"it has no column {name!r}")
+    for number, footer in enumerate(footers):
+        size = sum(chunk.uncompressed for chunk in footer.chunks if chunk.column in names)
         if size > bounds.MAX_ROW_GROUP_BYTES:
             raise ValueError(
                 f"row group {number} is of {size >> 20} MiB; {bounds.MAX_ROW_GROUP_BYTES >> 20} MiB are read at once"

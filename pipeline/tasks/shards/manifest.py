@@ -19,6 +19,7 @@ from pipeline.types import Split
 
 FORMAT_VERSIONS = (1, 2)  # 1: images of a fixed size, every row group of one class; 2: all else
 MANIFEST = "dataset.json"
+MAX_SHAPE = 1 << 28  # numbers of one example
 EVERY_CLASS = "every class"  # a class split of every data set, for evaluation alone: all classes in any part
 # Folders and a name without anything that a shell, a file system or an object store could take for more.
 SHARD_FILE = re.compile(r"(?:[A-Za-z0-9_][A-Za-z0-9_.-]*/)*[A-Za-z0-9_][A-Za-z0-9_.-]*")
@@ -27,10 +28,10 @@ SHARD_FILE = re.compile(r"(?:[A-Za-z0-9_][A-Za-z0-9_.-]*/)*[A-Za-z0-9_][A-Za-z0-
 class RowGroup(Section):
     """Where `rows` examples of one class lie in a row, from number `start` of a row group on."""
 
-    shard: int = Field(ge=0)
-    row_group: int = Field(ge=0)
-    rows: int = Field(ge=1)
-    start: int = Field(default=0, ge=0)
+    shard: int = Field(ge=0, lt=1 << 31)
+    row_group: int = Field(ge=0, lt=1 << 31)
+    rows: int = Field(ge=1, lt=1 << 31)
+    start: int = Field(default=0, ge=0, lt=1 << 31)
 
 
 class ClassEntry(Section):
@@ -109,6 +110,8 @@ class Manifest(Section):
             raise ValueError("format version 1 has no layout")
         if self.dtype != DTYPE[self.modality] or len(self.shape) != AXES[self.modality]:
             raise ValueError(f"dtype {self.dtype} and shape {list(self.shape)} are not those of {self.modality}")
+        if math.prod(self.shape) > MAX_SHAPE:
+            raise ValueError(f"shape {list(self.shape)}: {MAX_SHAPE} numbers an example are the most")
         if self.modality == "vector" and len(self.columns) != self.shape[0]:
             raise ValueError(f"{len(self.columns)} columns are described, of {self.shape[0]}")
         if self.modality != "vector" and self.columns:
@@ -187,7 +190,7 @@ def read_manifest(folder: str | Readable) -> Manifest:
         raise DataError(
             f"{folder}: holds no {MANIFEST}, so it is not a prepared data set. Make one with `metapipe data prepare`."
         ) from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path}: not readable as JSON ({error}). Prepare the data set again.") from error
     except OSError as error:
         raise DataError(f"{path}: cannot be read ({error}).") from error

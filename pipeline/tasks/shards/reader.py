@@ -18,6 +18,7 @@ from pipeline.storage import Readable, readable
 from pipeline.tasks.shards import bounds
 from pipeline.tasks.shards.bounds import bounded_table
 from pipeline.tasks.shards.examples import COLUMN, FIXED, arrow_type, concatenated, from_arrow
+from pipeline.tasks.shards.footer import UNCOMPRESSED, RowGroupFooter, row_groups
 from pipeline.tasks.shards.foreign import all_are, check_row_groups, column_of, labels_of, normalized
 from pipeline.tasks.shards.manifest import MANIFEST, Manifest, RowGroup
 
@@ -61,6 +62,7 @@ class ShardReader:
         self._in_place: dict[tuple[int, int, int, int], tuple[np.ndarray, _Stamp]] = {}
         # (shard, row group) -> its examples and labels, in memory; the one used last is the last
         self._decoded: OrderedDict[tuple[int, int], tuple[_Decoded, np.ndarray | pa.Array]] = OrderedDict()
+        self._chunks: dict[int, list[RowGroupFooter]] = {}  # of files that were opened
         self._lock = threading.Lock()  # a ParquetFile is not thread-safe; sampling ahead and validation share it
 
     def __enter__(self) -> ShardReader:
@@ -180,7 +182,7 @@ class ShardReader:
         if kept is not None:
             self._decoded.move_to_end((shard, row_group))
             return kept
-        return self._read(self._open(shard), row_group)
+        return self._read(self._open(shard), shard, row_group)
 
     def _decode_once(self, shard: int, row_group: int) -> tuple[_Decoded, np.ndarray | pa.Array]:
         """As `_decode`, from a file that is opened for it."""
@@ -193,22 +195,22 @@ class ShardReader:
                 self._footers.move_to_end(shard)
                 while len(self._footers) > KEPT_FOOTERS:
                     self._footers.popitem(last=False)
-            return self._read(file, row_group)
+            return self._read(file, shard, row_group)
         finally:
             file.close(force=True)
 
-    def _read(self, file: pq.ParquetFile, row_group: int) -> tuple[_Decoded, np.ndarray | pa.Array]:
+    def _read(self, file: pq.ParquetFile, shard: int, row_group: int) -> tuple[_Decoded, np.ndarray | pa.Array]:
         modality = self.manifest.modality
         layout = self.manifest.layout
         if layout is not None:
-            table = bounded_table(file, row_group, layout.columns)
+            table = bounded_table(file, self._chunks[shard], row_group, layout.columns)
             return column_of(table, layout.example), labels_of(table, layout)
         columns = ["class_id", COLUMN[modality]]
         if self._fixed:
             table = file.read_row_group(row_group, columns=columns, use_threads=self._keeps)
             examples = from_arrow(modality, self.manifest.shape, table.column(columns[1]))
         else:
-            table = bounded_table(file, row_group, columns)
+            table = bounded_table(file, self._chunks[shard], row_group, columns)
             examples = table.column(columns[1]).combine_chunks()
             if examples.null_count:
                 raise ValueError("an example is missing")
@@ -233,13 +235,10 @@ class ShardReader:
         kind = np.float32 if self.manifest.modality == "vector" else np.uint8
         try:
             with self._lock:
-                columns = self._open(group.shard).metadata.row_group(group.row_group)
-                column = next(
-                    column
-                    for column in map(columns.column, range(columns.num_columns))
-                    if column.path_in_schema.split(".")[0] == COLUMN[self.manifest.modality]
-                )
-                end = column.data_page_offset + column.total_compressed_size
+                self._open(group.shard)
+                chunks = self._chunks[group.shard][group.row_group].chunks
+                column = next(chunk for chunk in chunks if chunk.column == COLUMN[self.manifest.modality])
+                end = column.data_page + column.compressed
                 start = end - rows * size
                 if group.shard not in self._maps:
                     self._maps[group.shard] = np.memmap(path, np.uint8, mode="r")
@@ -264,10 +263,13 @@ class ShardReader:
             pre_buffer=not isinstance(file, Path),  # few and large requests
             page_checksum_verification=True,
         )
-        if footer is None and self.manifest.layout is not None:
-            check_row_groups(parquet, self.manifest.layout)
-        elif footer is None:
-            _check_size(parquet, self.manifest)
+        if footer is None:
+            footers = row_groups(parquet.metadata)
+            if self.manifest.layout is not None:
+                check_row_groups(parquet, footers, self.manifest.layout)
+            else:
+                _check_size(parquet, footers, self.manifest)
+            self._chunks[shard] = footers
         return parquet
 
 
@@ -288,7 +290,7 @@ def leads_outside(folder: Readable, file: Readable) -> bool:
     return isinstance(folder, Path) and isinstance(file, Path) and not file.resolve().is_relative_to(folder.resolve())
 
 
-def _check_size(parquet: pq.ParquetFile, manifest: Manifest) -> None:
+def _check_size(parquet: pq.ParquetFile, footers: Sequence[RowGroupFooter], manifest: Manifest) -> None:
     """Raises ValueError where reading could take much more memory than the file is long.
 
     Compressed pages and dictionaries unfold to thousands of times their size; ours have neither, and examples of a
@@ -301,17 +303,15 @@ def _check_size(parquet: pq.ParquetFile, manifest: Manifest) -> None:
     ):
         what = f"images are not of {size} bytes" if manifest.modality == "image" else f"{manifest.modality} is not that"
         raise ValueError(f"its {what} each")
-    for number in range(parquet.metadata.num_row_groups):
-        group = parquet.metadata.row_group(number)
-        longest = max(group.column(index).total_uncompressed_size for index in range(group.num_columns))
-        if group.num_rows * max(size or 0, 4) > max(bounds.MAX_ROW_GROUP_BYTES, size or 0) or (
+    for number, footer in enumerate(footers):
+        longest = max((chunk.uncompressed for chunk in footer.chunks), default=0)
+        if footer.rows * max(size or 0, 4) > max(bounds.MAX_ROW_GROUP_BYTES, size or 0) or (
             size is None and longest > bounds.MAX_ROW_GROUP_BYTES
         ):
             what = "images" if manifest.modality == "image" else "examples"
-            raise ValueError(f"row group {number} is of {group.num_rows} {what}, too many to be read at once")
-        for column in (group.column(index) for index in range(group.num_columns)):
-            if column.compression != "UNCOMPRESSED" or column.has_dictionary_page:
-                raise ValueError(f"row group {number} is compressed, which our shards never are")
+            raise ValueError(f"row group {number} is of {footer.rows} {what}, too many to be read at once")
+        if any(chunk.codec != UNCOMPRESSED or chunk.has_dictionary for chunk in footer.chunks):
+            raise ValueError(f"row group {number} is compressed, which our shards never are")
 
 
 def _is_type(given: pa.DataType, manifest: Manifest) -> bool:
