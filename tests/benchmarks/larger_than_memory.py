@@ -15,7 +15,8 @@ is VmRSS, programs and libraries included; "data" is VmData, what the limit is o
 Waits: how long the training loop waited for a step's episodes (the journal's `data_seconds`), after the first window.
 
 Seen on two busy cores (load 9) with 20 GB, 2 GB, `--window-classes 24 --window-steps 4 --seconds 140`: of 112 steps
-after the first window one waited, 0.04 s; at most 1.77 GB resident in each quarter of the run; 732 of 1575 classes were read.
+after the first window one waited, 0.04 s; at most 1.77 GB resident in each quarter of the run; 732 of 1575 classes were
+read.
 """
 
 from __future__ import annotations
