@@ -148,7 +148,7 @@ def index(
     for shard, (place, file) in enumerate(zip(files, opened, strict=True)):
         name = _name(folder, place)
         try:
-            footers = row_groups(file.metadata)
+            footers = row_groups(place)
             check_row_groups(file, footers, layout)
             for row_group in range(len(footers)):
                 start = 0

@@ -1,17 +1,18 @@
 """What a Parquet file's footer says of its column chunks, read without pyarrow's view of it.
 
 `pyarrow.parquet.ColumnChunkMetaData` ends the process where a footer is damaged in certain places (pyarrow 25: size
-statistics of a wrong length, a column that claims to be encrypted), so it is never asked for.
+statistics of a wrong length; writing such metadata too), so it is never asked for.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
-import pyarrow as pa
-import pyarrow.parquet as pq
+from pipeline.storage import Readable
 
+MAGIC, TAIL = b"PAR1", 8  # a file ends with the footer's length (4 bytes) and the magic
 UNCOMPRESSED = 0
 MAX_DEPTH = 16  # of structures in structures; a footer has six
 # ids in parquet.thrift
@@ -36,11 +37,26 @@ class RowGroupFooter(NamedTuple):
     chunks: list[Chunk]
 
 
-def row_groups(metadata: pq.FileMetaData) -> list[RowGroupFooter]:
-    """Every row group. Raises ValueError: not a footer that can be understood."""
-    sink = pa.BufferOutputStream()
-    metadata.write_metadata_file(sink)
-    reader = _Compact(sink.getvalue().to_pybytes()[4:-8])
+def row_groups(file: Readable) -> list[RowGroupFooter]:
+    """Every row group of a file. Raises ValueError, OSError: not a footer that can be understood, or no file."""
+    with file.open("rb") if isinstance(file, Path) else file.open_input() as stream:
+        stream.seek(0, 2)
+        size = stream.tell()
+        if size < len(MAGIC) + TAIL:
+            raise ValueError("it is too short to be a Parquet file")
+        stream.seek(size - TAIL)
+        tail = bytes(stream.read(TAIL))
+        length = int.from_bytes(tail[:4], "little")
+        if tail[4:] != MAGIC or length > size - len(MAGIC) - TAIL:
+            raise ValueError("it does not end as a Parquet file does")
+        stream.seek(size - TAIL - length)
+        content = bytes(stream.read(length))
+    return parse(content)
+
+
+def parse(content: bytes) -> list[RowGroupFooter]:
+    """Every row group of a footer. Raises ValueError: it cannot be understood."""
+    reader = _Compact(content)
     try:
         groups = reader.struct({_ROW_GROUPS: lambda r: r.items(lambda r: r.struct(_ROW_GROUP))}).get(_ROW_GROUPS, [])
         return [RowGroupFooter(group[_NUM_ROWS], [_chunk(column) for column in group[_COLUMNS]]) for group in groups]

@@ -264,7 +264,7 @@ class ShardReader:
             page_checksum_verification=True,
         )
         if footer is None:
-            footers = row_groups(parquet.metadata)
+            footers = row_groups(file)
             if self.manifest.layout is not None:
                 check_row_groups(parquet, footers, self.manifest.layout)
             else:
