@@ -15,7 +15,7 @@ from pipeline.datasets.source import Problem
 from pipeline.errors import DataError
 
 BATCH_ROWS = 16_384  # of a Parquet file, at most
-BLOCK_BYTES = 4 << 20  # of a CSV file; a row may not be longer
+BLOCK_BYTES = 2 << 20  # of a CSV file: a row may not be longer, and Arrow reads up to 32 blocks ahead
 CSV_SUFFIXES = (".csv", ".tsv", ".txt", ".csv.gz", ".tsv.gz", ".csv.bz2", ".csv.zst")
 PARQUET_SUFFIXES = (".parquet", ".pq")
 

@@ -7,6 +7,7 @@ order of the table. Texts and pictures are of any length, so what lies in order 
 from __future__ import annotations
 
 import json
+import mmap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -61,6 +62,7 @@ class SortedRows:
             first = self._starts[class_id] + self._written[class_id]
             self._rows[first : first + len(members)] = rows[members]
             self._written[class_id] += len(members)
+        _let_go(self._rows)
 
     def add_contents(self, classes: np.ndarray, contents: Sequence[bytes]) -> None:
         """Texts or files of classes int64 [n]."""
@@ -71,6 +73,8 @@ class SortedRows:
             self._spans[self._starts[class_id] + self._written[class_id]] = start, stop
             self._next_byte[class_id] = stop
             self._written[class_id] += 1
+        _let_go(self._content)
+        _let_go(self._spans)
 
     def add_problems(self, problems: Sequence[Problem]) -> None:
         self._problems += problems
@@ -137,6 +141,12 @@ def _new(path: Path, dtype: Any, shape: tuple[int, ...]) -> np.ndarray:
         path.touch()
         return np.zeros(shape, dtype)
     return np.memmap(path, dtype, "w+", shape=shape)
+
+
+def _let_go(array: np.ndarray) -> None:
+    """What was written is the file's: its pages need not stay in this process's memory."""
+    if isinstance(array.base, mmap.mmap):
+        array.base.madvise(mmap.MADV_DONTNEED)
 
 
 def _by_class(classes: np.ndarray) -> Iterator[tuple[int, np.ndarray]]:
