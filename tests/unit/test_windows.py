@@ -22,6 +22,7 @@ from pipeline.tasks.cached_images import CachedImages
 from pipeline.tasks.class_cache import ClassCache
 from pipeline.tasks.class_images import ClassImages
 from pipeline.tasks.images import ImagesConfig, ImageTasks
+from pipeline.tasks.shards import reader
 from pipeline.tasks.windows import WindowConfig, Windows
 from pipeline.types import TaskBatch
 
@@ -189,6 +190,29 @@ def test_a_damaged_class_stops_the_step_that_needs_it(tiny_data_set: Callable[..
         family.sample("meta_train", 2, slots, seed=0)
     put(file, place, sound[place : place + 1])
     assert equal(family.sample("meta_train", 2, slots, seed=0), reference)
+
+
+def test_a_reader_that_keeps_nothing_keeps_few_footers(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reader, "KEPT_FOOTERS", 1)
+    manifest = shards.read_manifest(data)
+    several = shards.write(
+        data.parent / "several",
+        [
+            shards.ClassExamples(entry.name, entry.group, shards.ShardReader(data, manifest).read_class(number))
+            for number, entry in enumerate(manifest.classes[:6])
+        ],
+        splits={"random": {entry.name: entry.splits["random"] for entry in manifest.classes[:6]}},
+        source={},
+        preprocessing={},
+        shard_bytes=2000,
+    )
+    assert len(several.shards) > 2
+    with shards.ShardReader(data.parent / "several", several, keep=False) as once:
+        for number in (0, 5, 0, 3, 5):
+            parts = np.concatenate(list(once.parts(number)))
+            assert (parts == shards.ShardReader(data, manifest).read_class(number)).all()
+            assert len(once._footers) == len(once._chunks) == 1
+        assert not once._files
 
 
 # the cache

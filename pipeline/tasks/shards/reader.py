@@ -194,7 +194,8 @@ class ShardReader:
                 self._footers[shard] = file.metadata
                 self._footers.move_to_end(shard)
                 while len(self._footers) > KEPT_FOOTERS:
-                    self._footers.popitem(last=False)
+                    oldest, _ = self._footers.popitem(last=False)
+                    self._chunks.pop(oldest, None)
             return self._read(file, shard, row_group)
         finally:
             file.close(force=True)
