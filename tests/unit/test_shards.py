@@ -201,6 +201,16 @@ def test_digest_is_of_content_and_not_of_packing(tmp_path: Path) -> None:
     assert len(digests) == 1
 
 
+def test_digests_of_images_are_what_they_were_before_other_modalities(tmp_path: Path) -> None:
+    """Computed by the version that knew images alone: data sets, checkpoints and models from then still fit."""
+    manifest = write(tmp_path / "data", CLASSES)
+    assert manifest.digest == "92763bd4b988a7cdfbbdcf03320304a6858b2a8d9f9a2b4a1d27ed9a1146f05f"
+    content = json.loads((tmp_path / "data" / shards.MANIFEST).read_text())
+    assert content["format_version"] == 1
+    assert not {"columns", "layout"} & content.keys()
+    assert content["classes"][0]["row_groups"] == [{"shard": 0, "row_group": 0, "rows": 5}]
+
+
 def test_digest_changes_with_anything_a_model_can_learn_from(tmp_path: Path) -> None:
     first, *others = CLASSES
     pixel = first.examples.copy()
