@@ -1,8 +1,9 @@
 """Whole classes as uint8 images: read, checked against the manifest, and decoded where they are picture files.
 
-Pictures are decoded by threads: Pillow gives up the interpreter's lock while it decodes and scales, and what they decode
-need not travel. Two threads decode more than two processes (293 and 253 JPEGs of 500 pixels a second, 213 one after
-another, on a busy machine); beside a loop of small operators a process disturbs it less (125 and 100 thousand a second).
+Pictures are decoded by threads: Pillow gives up the interpreter's lock while it decodes and scales, and what they
+decode need not travel. Two threads decode more than two processes (293 and 253 JPEGs of 500 pixels a second, 213 one
+after another, on a busy machine); beside a loop of small operators a process disturbs it less (125 and 100 thousand a
+second).
 """
 
 from __future__ import annotations
