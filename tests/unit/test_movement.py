@@ -17,6 +17,7 @@ from pipeline import movement, pictures
 from pipeline.movement import Movement
 from pipeline.training import journal, loop
 from pipeline.training.context import LocalContext
+from pipeline.tasks.shapes import OneShape
 from pipeline.training.evaluate import SELECTION_SEED
 from pipeline.types import Adapted, MetaState, Params
 from tests.faults import experiment, open_run
@@ -41,10 +42,10 @@ class Walk:
             yield Adapted(params, None)
 
 
-class Slots:
+class Slots(OneShape):
     """A family whose inputs are the slots' numbers."""
 
-    def sample(self, split: str, step: int, slots: Tensor, *, seed: int) -> Any:
+    def sample(self, split: str, step: int, slots: Tensor, *, seed: int, weights: Tensor | None = None) -> Any:
         assert (split, step, seed) == ("meta_val", 0, SELECTION_SEED)
 
         class Batch:
