@@ -111,13 +111,9 @@ def site(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     if postgres.why_not() is None:
         store = request.getfixturevalue("postgres_server").create_database("mlflow_cluster")
     folder = tmp_path_factory.mktemp("mlflow")
-    auth = folder / "auth.ini"  # as the server's own, but a password is hashed once, not for each of 200 requests
-    users = f"sqlite:///{folder / 'users.db'}"
-    auth.write_text(f"[mlflow]\ndefault_permission = READ\ndatabase_uri = {users}\nauth_cache_ttl_seconds = 60\n")
-    settings = {"MLFLOW_AUTH_CONFIG_PATH": str(auth)}
     with (
         network.running(machines=2) as net,
-        mlflow_server.running(folder, host=net.outside, backend_store=store, admin=admin, env=settings) as tracking,
+        mlflow_server.running(folder, host=net.outside, backend_store=store, admin=admin) as tracking,
         # who may write to MLflow is a secret, so the nodes have it; where it is comes with the job
         ray_nodes.running(
             net.machines,

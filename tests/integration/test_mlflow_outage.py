@@ -24,9 +24,9 @@ pytestmark = pytest.mark.integration
 STEPS = 600
 
 
-def test_an_outage_delays_metrics_and_loses_none(image_data: Path, tmp_path: Path) -> None:
+def test_an_outage_delays_metrics_and_loses_none(tiny_data: Path, tmp_path: Path) -> None:
     port = process.free_port()
-    exp = images_experiment(tmp_path, image_data, backend="local", num_workers=1, steps=STEPS, validate_every=50)
+    exp = images_experiment(tmp_path, tiny_data, backend="local", num_workers=1, steps=STEPS, validate_every=50)
     (tmp_path / "experiment.yaml").write_text(yaml.safe_dump(exp.to_dict()))
     command = [sys.executable, "-m", "jobs.train", str(tmp_path / "experiment.yaml")]
     run = RunFolder(tmp_path / "runs" / "tiny" / "001")
@@ -46,7 +46,7 @@ def test_an_outage_delays_metrics_and_loses_none(image_data: Path, tmp_path: Pat
         training.send_signal(signal.SIGSTOP)  # however long the server takes to end, training is not over by then
     down_at = last_step()
     training.send_signal(signal.SIGCONT)
-    wait_until(lambda: last_step() > min(down_at + 200, STEPS - 1), watch=training)
+    wait_until(lambda: last_step() > min(down_at + 100, STEPS - 1), watch=training)
     wait_until(lambda: has_said("MLflow does not answer; training goes on"), watch=training)
     with mlflow_server.running(tmp_path / "server", port=port):
         assert training.wait(timeout=200) == 0, said.read_text()

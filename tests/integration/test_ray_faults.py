@@ -29,7 +29,8 @@ from tests.servers.ray_on_one_machine import Nodes, ray_nodes
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]  # each starts Ray several times
 
-TRAINING = {"steps": 120, "validate_every": 40, "num_workers": 2, "dtype": "float32", "meta_batch_size": 16}
+TRAINING = {"steps": 160, "validate_every": 40, "num_workers": 2, "dtype": "float32", "meta_batch_size": 16}
+STEP_SECONDS = 2  # in which a step that was begun is over, and no worker has started yet
 
 
 class Driver:
@@ -51,6 +52,11 @@ class Driver:
     def steps(self) -> int:
         """The last step in the journal."""
         return max((record["step"] for record in journal.read(self.run.journal)), default=0)
+
+    def trained_since(self, moment: float) -> bool:
+        """Whether a group of workers has trained that was started after `moment` (of the host's clock)."""
+        newest = max((record["time"] for record in journal.read(self.run.journal)), default=0)
+        return newest / 1000 > moment + STEP_SECONDS
 
     def workers_seen(self) -> list[int]:
         """The numbers of workers that trained, in their order, repetitions left out."""
@@ -102,12 +108,18 @@ def test_one_run_through_every_fault_of_a_cluster(tiny_data: Path, tmp_path: Pat
         assert terminated is not None
         assert announced < terminated == ours.steps()
 
-        # a node dies without notice, and another is there
+        # a worker dies without notice: the group is started again
         process = ours.start()
         wait_until(lambda: ours.steps() > terminated, watch=process)
+        nodes.kill_worker()
+        moment = time.time()
+        wait_until(lambda: ours.trained_since(moment), watch=process)
+
+        # a node dies without notice, and another is there
         nodes.kill()
         nodes.add()
-        wait_until(lambda: reached(ours.run, 40), watch=process)
+        moment = time.time()
+        wait_until(lambda: ours.trained_since(moment), watch=process)
 
         # the driver dies without notice; its workers end with it
         process.kill()
@@ -120,7 +132,7 @@ def test_one_run_through_every_fault_of_a_cluster(tiny_data: Path, tmp_path: Pat
         nodes.kill_all()
         process.kill()  # it would wait for the head for minutes
         process.communicate()
-    assert not reached(ours.run, 120)
+    assert not reached(ours.run, 160)
     brake.release()
     with ray_nodes(2) as another:
         end(driver(tiny_data, tmp_path, another, brake).start())

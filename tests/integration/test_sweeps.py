@@ -51,12 +51,18 @@ def run(file: Path, said: list[str] | None = None) -> Outcome:
     return sweep_workflow.tune(sweeps.load(file), say=(said if said is not None else []).append)
 
 
-def test_a_grid_with_asha_and_a_trial_that_fails(
-    ray_cluster: None, home: Path, image_data: Path, tmp_path: Path
-) -> None:
+def nothing_is_left() -> None:
+    """On the cluster."""
     import ray
     from ray.util import placement_group_table
 
+    assert [group for group in placement_group_table().values() if group["state"] != "REMOVED"] == []
+    wait_until(lambda: ray.available_resources().get("CPU") == ray.cluster_resources()["CPU"], seconds=30)
+
+
+def test_a_grid_with_asha_and_a_trial_that_fails(
+    ray_cluster: None, home: Path, image_data: Path, tmp_path: Path
+) -> None:
     base = images_experiment(tmp_path, image_data, steps=36, validate_every=4).to_dict() | {"name": "swept-images"}
     file = sweep_file(
         tmp_path,
@@ -108,10 +114,7 @@ def test_a_grid_with_asha_and_a_trial_that_fails(
     assert pq.read_table(folder / "trials.parquet").num_rows == 6
     assert Image.open(folder / "sweep.png").size[0] > 1000
 
-    # nothing is left on the cluster
-    left = [group for group in placement_group_table().values() if group["state"] != "REMOVED"]
-    assert left == []
-    wait_until(lambda: ray.available_resources().get("CPU") == ray.cluster_resources()["CPU"], seconds=30)
+    nothing_is_left()
 
 
 def test_killed_and_run_again_keeps_what_was_finished(home: Path, tmp_path: Path) -> None:
@@ -121,7 +124,7 @@ def test_killed_and_run_again_keeps_what_was_finished(home: Path, tmp_path: Path
         sinusoid(tmp_path, steps=400, validate_every=20),
         search={"inner_lr": {"log_uniform": [0.001, 0.05]}, "algorithm.adaptation_steps": {"choice": [1, 2]}},
         searcher="optuna",
-        trials=4,
+        trials=3,
         max_concurrent=1,
     )
     command = [sys.executable, "-m", "jobs.tune", str(file), "--json"]
@@ -164,7 +167,7 @@ def test_killed_and_run_again_keeps_what_was_finished(home: Path, tmp_path: Path
     assert again.returncode == 0, again.stderr
     result = json.loads(again.stdout)
     assert result["resumed"] is True
-    assert len(result["trials"]) == 4
+    assert len(result["trials"]) == 3
     assert {trial["status"] for trial in result["trials"]} == {"finished"}
     assert {finished, interrupted} <= {trial["trial"] for trial in result["trials"]}
     assert (folder / "trials" / finished / "metrics.jsonl").read_bytes() == before, "not trained again"
@@ -174,29 +177,29 @@ def test_killed_and_run_again_keeps_what_was_finished(home: Path, tmp_path: Path
         [client.get_run(result["mlflow_run_id"]).info.experiment_id],
         f"tags.`mlflow.parentRunId` = '{result['mlflow_run_id']}'",
     )
-    assert len(found) == 4
+    assert len(found) == 3
     for child in found:
         history = client.get_metric_history(child.info.run_id, "meta_loss")
         assert sorted(metric.step for metric in history) == list(range(1, 401))
 
 
-def test_trials_on_several_workers(home: Path, tmp_path: Path) -> None:
-    """The workers of a trial that ASHA stops make room for the next one's."""
+def test_trials_on_several_workers(ray_cluster: None, home: Path, tmp_path: Path) -> None:
+    """The workers of a trial that ASHA stops make room for the next one's; one that fails says why."""
     file = sweep_file(
         tmp_path,
         sinusoid(tmp_path),
-        search={"outer_lr": {"grid": [1e-2, 1e-9, 1e-8]}},
+        search={"outer_lr": {"grid": [1e-2, 1e-9, 1e30]}},
         scheduler={"name": "asha", "grace_steps": 5, "reduction_factor": 3},
         workers_per_trial=2,
+        max_concurrent=1,
+        set={"training.max_nonfinite_steps": 2},  # fewer than to the first rung
     )
-    command = [sys.executable, "-m", "jobs.tune", str(file), "--json"]
-    ended = subprocess.run(command, capture_output=True, text=True, timeout=280)
-    assert ended.returncode == 0, ended.stderr
-    trials = json.loads(ended.stdout)["trials"]
-    assert [trial["status"] for trial in trials] == ["finished", "stopped", "stopped"]
-    for trial in trials:
-        run = RunFolder(tmp_path / "runs" / "sweep" / "001" / "trials" / trial["trial"])
-        assert {record["num_workers"] for record in journal.read(run.journal)} == {2}
+    trials = {trial.name: trial for trial in run(file).trials}
+    assert [trials[name].status for name in sorted(trials)] == ["finished", "stopped", "failed"]
+    for trial in trials.values():
+        assert {record["num_workers"] for record in journal.read(trial.run.journal)} == {2}
+    assert "not finite 2 times in a row" in trials["0002"].error
+    nothing_is_left()
 
 
 DYING = """

@@ -324,14 +324,6 @@ def test_a_run_that_stops_early_keeps_its_metrics(home: Path, image_data: Path, 
     assert client.get_run(run_id).info.status == "FAILED"
 
 
-def test_a_run_that_stops_early_under_ray(ray_cluster: None, home: Path, image_data: Path, tmp_path: Path) -> None:
-    exp = images_experiment(tmp_path, image_data, max_nonfinite_steps=3)
-    exp = exp.model_copy(update={"algorithm": exp.algorithm.model_copy(update={"inner_lr": 1e30})})
-    run, _ = runs.open_run(exp, data_digest=check_fits(exp))
-    with pytest.raises(TrainingStopped, match="not finite 3 times in a row"):
-        launch.run_workers(exp, run)
-
-
 def test_classes_that_were_trained_on_are_not_tested_on(trained: Outcome, image_data: Path, tmp_path: Path) -> None:
     """The same pictures under another class split."""
     manifest = shards.read_manifest(image_data)
@@ -397,47 +389,3 @@ def test_registering_a_run_with_another_tracking_store(
     assert run_id != trained.mlflow_run_id
     history = mlflow.MlflowClient(f"sqlite:///{tmp_path / 'other.db'}").get_metric_history(run_id, "meta_loss")
     assert sorted(m.step for m in history) == list(range(1, STEPS + 1))
-
-
-def test_a_killed_ray_worker_is_replaced_and_changes_nothing(
-    trained: Outcome, tmp_path: Path, image_data: Path
-) -> None:
-    """SIGKILL one of two Ray workers in the middle of training; Ray restarts the group from the last checkpoint."""
-    import threading
-
-    def run_one(home: Path, backend: str) -> runs.RunFolder:
-        exp = images_experiment(home, image_data, steps=150, validate_every=10, backend=backend)
-        run, _ = runs.open_run(exp, data_digest=check_fits(exp))
-        killer = threading.Thread(target=kill_a_worker, args=(run,))
-        if backend == "ray":
-            killer.start()
-        launch.run_workers(exp, run)
-        if backend == "ray":
-            killer.join()
-            assert killed
-        return run
-
-    killed: list[int] = []
-
-    def kill_a_worker(run: runs.RunFolder) -> None:
-        while (run.checkpoints.latest() or 0) < 20:
-            time.sleep(0.02)
-        listing = subprocess.run(["ps", "-eo", "pid=,args="], capture_output=True, text=True).stdout
-        workers = [int(line.split()[0]) for line in listing.splitlines() if "ray::" in line and "TrainWorker" in line]
-        ours = [pid for pid in workers if descends_from(pid, os.getpid())]
-        killed.append(ours[-1])
-        os.kill(ours[-1], 9)
-
-    disturbed, undisturbed = run_one(tmp_path / "a", "ray"), run_one(tmp_path / "b", "processes")
-    ours, theirs = (r.checkpoints.load_meta(150).params for r in (disturbed, undisturbed))
-    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
-    assert [r["step"] for r in journal.read(disturbed.path / "metrics.jsonl")] == list(range(1, 151))
-
-
-def descends_from(pid: int, ancestor: int) -> bool:
-    while pid > 1:
-        if pid == ancestor:
-            return True
-        answer = subprocess.run(["ps", "-o", "ppid=", "-p", str(pid)], capture_output=True, text=True).stdout.strip()
-        pid = int(answer or 1)
-    return False

@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import psutil
+
 DRAIN_NODE = Path(__file__).resolve().parents[2] / "infra" / "docker" / "drain_node.py"
 
 # The head runs no workers. `kill` is SIGKILL of a raylet; `restart` is SIGKILL of the head's server and a new one,
@@ -56,6 +58,13 @@ class Nodes:
     def kill(self) -> None:
         """SIGKILL the node that was added last; its workers go with it."""
         self._tell("kill")
+
+    def kill_worker(self) -> None:
+        """SIGKILL one of the processes that train; its node stays."""
+        processes = psutil.Process(self._process.pid).children(recursive=True)
+        workers = [process for process in processes if "TrainWorker" in process.name() + "".join(process.cmdline())]
+        assert workers
+        workers[-1].kill()
 
     def drain(self) -> None:
         """Take away the node that was added last as a cluster's manager does: its end is announced, and its work has
