@@ -15,9 +15,9 @@ from torch import Tensor
 from pipeline import experiment as experiments
 from pipeline import movement, pictures
 from pipeline.movement import Movement
+from pipeline.tasks.shapes import OneShape
 from pipeline.training import journal, loop
 from pipeline.training.context import LocalContext
-from pipeline.tasks.shapes import OneShape
 from pipeline.training.evaluate import SELECTION_SEED
 from pipeline.types import Adapted, MetaState, Params
 from tests.faults import experiment, open_run
