@@ -74,7 +74,8 @@ def prepare(
     from pipeline.tasks import shards
 
     options = read_options(source_name, _with_folder(given, out, shared=address is not None))
-    record = {"name": source_name, **options.record(), "seed": seed, **_record_of_splits(class_lists, shares, all_test)}
+    asked = _record_of_classes(class_lists, shares, all_test, min_examples)
+    record = {"name": source_name, **options.record(), "seed": seed, **asked}
     if reuse and (location(out) / shards.MANIFEST).exists():
         manifest = shards.read_manifest(out)
         _check_same(out, manifest, record)
@@ -147,10 +148,28 @@ def _shares(text: str | None) -> tuple[int, int, int] | None:
     return train, val, test
 
 
-def _record_of_splits(class_lists: Path | None, shares: str | None, all_test: bool) -> dict[str, Any]:
-    """What the manifest tells of the class splits that were asked for, beside their seed."""
-    asked = {"class_lists": class_lists and class_lists.name, "shares": shares, "all_test": all_test}
+def _record_of_classes(
+    class_lists: Path | None, shares: str | None, all_test: bool, min_examples: int
+) -> dict[str, Any]:
+    """What the manifest tells of the classes and class splits that were asked for, beside their seed."""
+    lists = class_lists and f"{class_lists.name} sha256:{_sha256(class_lists)}"
+    fewest = min_examples if min_examples > 1 else None
+    asked = {"class_lists": lists, "shares": shares, "all_test": all_test, "min_examples": fewest}
     return {name: value for name, value in asked.items() if value}
+
+
+def _sha256(lists: Path) -> str:
+    """The start of a digest of a file, or of the files in a folder; "" where there is none (the source tells that)."""
+    from hashlib import sha256
+
+    files = sorted(file for file in lists.iterdir() if file.is_file()) if lists.is_dir() else [lists]
+    digest = sha256()
+    for file in files:
+        try:
+            digest.update(file.name.encode() + b"\0" + file.read_bytes())
+        except OSError:
+            return ""
+    return digest.hexdigest()[:16]
 
 
 @contextmanager

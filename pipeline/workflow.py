@@ -29,6 +29,7 @@ from pipeline import (
 )
 from pipeline import experiment as experiments
 from pipeline.credentials import without_credentials
+from pipeline.datasets.preprocessing import Preprocessing
 from pipeline.errors import ConfigError, DataError, TrackingError
 from pipeline.evaluation_task import Part
 from pipeline.experiment import Components, Experiment
@@ -457,9 +458,22 @@ def _prepared(learner: Learner, exp: Experiment, task: Any, part: Split, *, repo
             f"{task.data}: its {family.inputs} are {list(family.input_shape)}, {learner.card.name} takes "
             f"{learner.card.input_shape}. Prepare the data set as the one it was trained on (--size, the same columns)."
         )
+    if isinstance(family, ImageTasks):
+        _check_alike(learner, family)
     if isinstance(family, ClassTasks) and part != "meta_train":
         _check_unseen(learner, family, part)
     return _Prepared(exp, task, part, digest, family)
+
+
+def _check_alike(learner: Learner, family: ImageTasks) -> None:
+    """Raises ConfigError: ink is high in the pictures of the one and paper in those of the other."""
+    known = learner.card.preprocessing
+    kind = family.manifest.preprocessing.get("kind")
+    if isinstance(known, Preprocessing) and kind is not None and kind != known.kind:
+        raise ConfigError(
+            f"{family.config.data}: its pictures were prepared as {kind}, {learner.card.name} was trained on "
+            f"{known.kind}s, whose values mean something else. Prepare the data set with --kind {known.kind}."
+        )
 
 
 def _evaluated(

@@ -71,7 +71,7 @@ class ImagesConfig(ClassTasksConfig):
         if self.window is None:
             return super().verify()
         manifest = shards.verify(self.data, sizes_only=True)
-        for split in SPLITS:
+        for split in self.parts:
             self.check_size(manifest, split)
         return manifest.digest
 

@@ -105,3 +105,18 @@ def test_shares_that_are_none(shares: str, tmp_path: Path) -> None:
     answer = run("images", picture_folders(tmp_path / "mine"), "--out", tmp_path / "out", f"--shares={shares}")
     assert isinstance(answer.exception, ConfigError)
     assert f"--shares {shares}: give three whole numbers" in str(answer.exception)
+
+
+def test_a_data_set_of_other_classes_is_not_reused(tmp_path: Path) -> None:
+    lists = tmp_path / "lists.csv"
+    lists.write_text("kind0,meta_train\nkind1,meta_val\nkind2,meta_test\n")
+    folder, out = picture_folders(tmp_path / "raw"), tmp_path / "out"
+    asked = ("images", folder, "--out", out, "--class-lists", lists, "--reuse", "--workers", 1)
+    assert run(*asked).exit_code == 0
+    assert run(*asked).exit_code == 0
+    answers = [run(*asked, "--min-examples", 2)]
+    lists.write_text("kind0,meta_test\nkind1,meta_val\nkind2,meta_train\n")
+    answers.append(run(*asked))
+    for answer, key in zip(answers, ("min_examples", "class_lists"), strict=True):
+        assert isinstance(answer.exception, ConfigError)
+        assert key in str(answer.exception)

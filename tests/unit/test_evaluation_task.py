@@ -12,6 +12,7 @@ import torch
 
 from pipeline import experiment as experiments
 from pipeline import workflow
+from pipeline.datasets.preprocessing import Preprocessing
 from pipeline.errors import ConfigError, DataError
 from pipeline.experiment import Experiment
 from pipeline.learner import Learner, card_of, write_model
@@ -94,6 +95,13 @@ def test_what_does_not_fit_is_refused(learner: Learner, options: dict[str, Any],
 def test_more_ways_than_outputs_are_refused(learner: Learner, other: Path) -> None:
     with pytest.raises(ConfigError, match="--n-way 6: images was trained for 5-way tasks"):
         workflow.evaluate_model(learner, data=str(other), n_way=6, n_query=2, episodes=2)
+
+
+def test_pictures_of_another_kind_are_refused(learner: Learner, other: Path) -> None:
+    of_photos = Preprocessing(kind="photo", size=12, channels=1)
+    on_photos = Learner(learner.card.model_copy(update={"preprocessing": of_photos}), learner.state)
+    with pytest.raises(ConfigError, match=r"were prepared as drawing, images was trained on photos.*--kind photo"):
+        workflow.evaluate_model(on_photos, data=str(other), n_way=4, n_query=2, episodes=2)
 
 
 def test_a_bad_data_set_is_found_before_any_is_evaluated(
