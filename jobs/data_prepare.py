@@ -84,7 +84,8 @@ def prepare(
             write_card(out, manifest)
         data_summary.emit(out, manifest, as_json=json, reused=True)
         return
-    shards.check_free(out, overwrite=overwrite)
+    directory = getattr(options, "directory", None)
+    shards.check_free(out, overwrite=overwrite, source=directory)
     source = Chosen(options.open(seed=seed), lists=class_lists, shares=_shares(shares), all_test=all_test)
     with Progress(*COLUMNS, console=console.err, transient=True) as bar:
         task = bar.add_task(f"reading {source_name}", total=None)

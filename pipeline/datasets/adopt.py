@@ -6,11 +6,9 @@ import io
 from collections.abc import Callable
 from typing import Any, Literal
 
-from PIL import Image
-
 from pipeline import storage
 from pipeline.datasets.prepare import REPORTED_PROBLEMS
-from pipeline.datasets.preprocessing import FORMATS, MAX_PIXELS, MAX_SIDE, Preprocessing
+from pipeline.datasets.preprocessing import Preprocessing, decode_picture
 from pipeline.datasets.splits import class_splits
 from pipeline.errors import ConfigError, DataError
 from pipeline.storage import Location, location
@@ -39,9 +37,9 @@ def adopt(
     """Write the manifest of a folder of Parquet files; returns it.
 
     label, group, example: columns; without `example` it is guessed. shape: H, W, C of pictures that are stored as
-    pixels. kind and size: how pictures are prepared (of pixels: how a user's picture becomes one of them). seed: of the
-    class splits. min_examples: a class with fewer is left out. strict: refuse rows that are no examples, else they are
-    left out and recorded under `problems`.
+    pixels. kind and size: how pictures are prepared (of pixels: how a user's picture becomes one of them; of grey
+    ones kind must be given, as pixels do not tell it). seed: of the class splits. min_examples: a class with fewer is
+    left out. strict: refuse rows that are no examples, else they are left out and recorded under `problems`.
 
     Raises ConfigError, DataError: a column is missing or holds something else; what is said of it in
     `pipeline.tasks.shards.adopting`.
@@ -75,7 +73,7 @@ def adopt(
     source: dict[str, Any] = {"name": "adopted", **layout.model_dump(exclude_none=True), "split_seed": seed}
     if found.problems:
         listed = [list(problem) for problem in found.problems[:REPORTED_PROBLEMS]]
-        source["problems"] = {"count": len(found.problems), "first": listed}
+        source["problems"] = {"count": found.num_problems, "first": listed}
     if found.left_out:
         source["left_out"] = {"count": len(found.left_out), "first": found.left_out[:REPORTED_PROBLEMS]}
     content = {
@@ -139,29 +137,32 @@ def _of_pixels(shape: tuple[int, int, int], kind: Kind | None) -> dict[str, Any]
     height, width, channels = shape
     if height != width or channels not in (1, 3) or not 8 <= height <= 1024:
         return {}
-    kind = kind or ("drawing" if channels == 1 else "photo")
+    if kind is None and channels == 1:
+        raise ConfigError(
+            f"--shape {height},{width},1: say with --kind how users' pictures become such grey pixels. --kind drawing: "
+            "ink is high, dark on light is inverted. --kind photo: grey as it is (X-rays, photographs)."
+        )
+    kind = kind or "photo"
     if kind == "drawing" and channels != 1:
         raise ConfigError(f"--kind drawing: drawings are grey, and --shape {height},{width},{channels} is not.")
     return Preprocessing(kind=kind, size=height, channels=1 if channels == 1 else 3).model_dump(mode="json")
 
 
 def _problem(example: str | bytes) -> str | None:
-    """What is wrong with a text or a picture's file, by its header alone."""
+    """What is wrong with a text or a picture, which is decoded: a header is whole where a file was cut short."""
     if isinstance(example, str):
         return None if example.strip() else "has no text"
     try:
-        with Image.open(io.BytesIO(example), formats=FORMATS) as picture:
-            if picture.width * picture.height > MAX_PIXELS or max(picture.size) > MAX_SIDE:
-                return f"its picture of {picture.width}×{picture.height} pixels is too large"
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError):
-        return "holds no picture that can be read"
+        decode_picture(io.BytesIO(example), name="")
+    except DataError as error:
+        return str(error).removeprefix(": ").rstrip(".")
     return None
 
 
 def _refusal(folder: Location, found: adopting.Found) -> str:
     told = [f"{problem.item}: {problem.reason}" for problem in found.problems[:5]]
     told += [f"class {each['class']}: only {each['examples']} examples" for each in found.left_out[:5]]
-    total = len(found.problems) + len(found.left_out)
+    total = found.num_problems + len(found.left_out)
     more = f" (and {total - len(told)} more)" if total > len(told) else ""
     return f"{folder}: {'; '.join(told)}{more}. Mend or remove them, or leave --strict out to go without them."
 

@@ -18,10 +18,12 @@ from PIL import Image
 from jobs import data
 from pipeline.config import validate
 from pipeline.datasets.adopt import adopt, parse_shape
+from pipeline.datasets.card import CARD, PICTURE, STATISTICS
 from pipeline.errors import ConfigError, DataError
 from pipeline.tasks import shards
 from pipeline.tasks.images import ImagesConfig
 from pipeline.tasks.shards import adopting, bounds
+from pipeline.tasks.shards.writer import OWN_FILES
 
 CLASSES = 21
 ROWS = 12
@@ -277,3 +279,99 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 def test_shapes_that_are_none(shape: str) -> None:
     with pytest.raises(ConfigError, match="--shape"):
         parse_shape(shape)
+
+
+@pytest.mark.parametrize("adopted", [True, False])
+def test_overwrite_leaves_the_users_own_files_alone(adopted: bool, tmp_path: Path) -> None:
+    own = tmp_path / "own"
+    own.mkdir()
+    write_pandas(table("text"), own)
+    (own / "notes.txt").write_text("years of work")
+    adopt(own, example="example")
+    if not adopted:  # an older manifest, or one of somebody else: then the files tell
+        content = json.loads((own / shards.MANIFEST).read_text())
+        (own / shards.MANIFEST).write_text(json.dumps({**content, "layout": None}))
+    before = {path: path.read_bytes() for path in own.iterdir()}
+    with pytest.raises(DataError, match=r"own: .*(your own|raw data).*--overwrite leaves.*another --out"):
+        data.adopt(str(own), example="example", rewrite=str(own), overwrite=True)
+    with pytest.raises(DataError, match="your own" if adopted else r"notes\.txt, table\.parquet"):
+        shards.check_free(own, overwrite=True)
+    assert {path: path.read_bytes() for path in own.iterdir()} == before
+
+
+def test_overwrite_spares_raw_data_and_files_among_shards(tmp_path: Path) -> None:
+    write_pandas(table("text"), tmp_path)
+    data.adopt(str(tmp_path), example="example", rewrite=str(tmp_path / "own"))
+    assert {path.name for path in (tmp_path / "own").iterdir()} <= OWN_FILES
+    assert {CARD, PICTURE, STATISTICS} < OWN_FILES
+    shards.check_free(tmp_path / "own", overwrite=True, source=tmp_path / "raw")
+    for source in (tmp_path, tmp_path / "own", tmp_path / "own" / "shards"):
+        with pytest.raises(DataError, match=r"own: is the folder of the raw data"):
+            shards.check_free(tmp_path / "own", overwrite=True, source=source)
+    (tmp_path / "own" / "shards" / "mine.parquet").touch()
+    with pytest.raises(DataError, match=r"shards/mine\.parquet"):
+        shards.check_free(tmp_path / "own", overwrite=True)
+    (tmp_path / "own" / shards.MANIFEST).write_text("{")
+    with pytest.raises(DataError, match="no manifest that can be read"):
+        shards.check_free(tmp_path / "own", overwrite=True)
+
+
+@pytest.mark.parametrize(
+    ("labels", "kind", "reason"),
+    [
+        ([1.0, 2.0, float("nan"), 1.0], pa.float64(), "has no label"),
+        ([1.0, 2.0, 1.5, 1.0], pa.float32(), "its label 1.5 is no text and no whole number"),
+        ([1.0, 2.0, float("inf"), 1.0], pa.float16(), "its label inf is no text"),
+        ([b"1", b"2", b"\xff", b"1"], pa.binary(), "its label b'\\xff' is no text"),
+        ([b"1", b"2", b"\xff", b"1"], pa.string(), "its label b'\\xff' is no text"),
+    ],
+)
+def test_one_label_that_is_none(labels: list[Any], kind: pa.DataType, reason: str, tmp_path: Path) -> None:
+    given = pa.array(
+        np.array(labels, np.float16) if kind == pa.float16() else labels, None if kind == pa.string() else kind
+    )
+    if kind == pa.string():
+        given = pa.Array.from_buffers(pa.string(), 4, given.buffers())  # as a careless program writes it
+    pq.write_table(pa.table({"label": given, "text": list("wxyz")}), tmp_path / "x.parquet")
+    manifest = adopt(tmp_path)
+    assert [(entry.name, entry.count) for entry in manifest.classes] == [("1", 2), ("2", 1)]
+    assert manifest.source["problems"]["count"] == 1
+    (told,) = manifest.source["problems"]["first"]
+    assert told[0] == "x.parquet: row 3"
+    assert told[1].startswith(reason)
+    shards.verify(tmp_path)
+    with shards.ShardReader(tmp_path, manifest) as reader:
+        assert reader.read_class(0) == ["w", "z"]
+
+
+def test_a_text_that_is_not_utf8_and_a_picture_cut_short(tmp_path: Path) -> None:
+    texts = pa.array([b"x", b"\xff", b"y"])
+    texts = pa.Array.from_buffers(pa.string(), 3, texts.buffers())
+    pq.write_table(pa.table({"label": ["a"] * 3, "text": texts}), tmp_path / "x.parquet")
+    assert adopt(tmp_path).source["problems"]["first"] == [["x.parquet: row 2", "is not UTF-8"]]
+    stream = io.BytesIO()
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), np.uint8)).save(stream, "JPEG")
+    whole = stream.getvalue()
+    pictures = [whole, whole[: len(whole) // 2], whole]
+    pq.write_table(pa.table({"label": ["a"] * 3, "image": pictures}), tmp_path / "x.parquet")
+    manifest = adopt(tmp_path, overwrite=True)
+    assert manifest.classes[0].count == 2
+    ((row, why),) = manifest.source["problems"]["first"]
+    assert row == "x.parquet: row 2"
+    assert why.startswith("cannot be decoded (image file is truncated")
+
+
+def test_grey_pixels_do_not_tell_their_kind(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"label": ["a", "b"], "image": [bytes(64), bytes(64)]}), tmp_path / "x.parquet")
+    with pytest.raises(ConfigError, match=r"--shape 8,8,1: .*--kind drawing.*--kind photo"):
+        adopt(tmp_path, shape=(8, 8, 1))
+    assert adopt(tmp_path, shape=(8, 8, 1), kind="photo").preprocessing["kind"] == "photo"
+
+
+def test_bad_rows_are_counted_and_few_are_kept(tmp_path: Path) -> None:
+    labels = ["a", *[None] * 200]
+    pq.write_table(pa.table({"label": labels, "text": ["x"] * 201}), tmp_path / "x.parquet", row_group_size=30)
+    problems = adopt(tmp_path).source["problems"]
+    assert (problems["count"], len(problems["first"])) == (200, adopting.KEPT_PROBLEMS)
+    with pytest.raises(DataError, match=r"\(and 195 more\)"):
+        adopt(tmp_path, strict=True, overwrite=True)

@@ -20,11 +20,21 @@ from pipeline.tasks.shards.bounds import bounded_batches
 from pipeline.tasks.shards.digests import file_sha256
 from pipeline.tasks.shards.examples import DTYPE, FIXED, ExamplesDigest, from_arrow
 from pipeline.tasks.shards.footer import row_groups
-from pipeline.tasks.shards.foreign import BETWEEN, check_row_groups, column_of, labels_of, normalized, usable
+from pipeline.tasks.shards.foreign import (
+    BETWEEN,
+    check_row_groups,
+    column_of,
+    is_no_text,
+    labels_of,
+    normalized,
+    usable,
+)
 from pipeline.tasks.shards.manifest import SHARD_FILE, Layout
 
 MAX_RUNS = 1_000_000  # of rows of one class, in all files
 MAX_DECODED = 8  # times the data's size that may be decoded to read every class once, where it does not fit in memory
+KEPT_PROBLEMS = 50  # of rows; the others are counted
+NO_LABEL = "has no label"
 MAX_NAME = 200  # characters of a label; more are a text in the wrong column
 GUESSES = ("image", "img", "features", "embedding", "embeddings", "vector", "text", "sentence")
 
@@ -36,7 +46,8 @@ class Found(NamedTuple):
     columns: list[Column]
     classes: list[dict[str, Any]]  # as in a manifest, without splits, in the order of their names
     shards: list[dict[str, Any]]
-    problems: list[Problem]
+    num_problems: int  # rows that are no examples
+    problems: list[Problem]  # the first KEPT_PROBLEMS of them
     left_out: list[dict[str, Any]]  # classes with too few examples
 
 
@@ -143,7 +154,7 @@ def index(
     total = sum(file.metadata.num_rows for file in opened)
     classes: dict[str, _Class] = {}
     problems: list[Problem] = []
-    runs = rows = 0
+    runs = rows = num_problems = 0
     missing: set[int] = set()  # columns of vectors
     for shard, (place, file) in enumerate(zip(files, opened, strict=True)):
         name = _name(folder, place)
@@ -157,7 +168,11 @@ def index(
                     if modality == "vector" and shape is None and len(examples):
                         shape = _vector_shape(examples)
                     good, reasons = _usable(modality, shape or (), examples, labels, check)
-                    problems += [Problem(f"{name}: row {rows + i + 1}", why) for i, why in sorted(reasons.items())]
+                    num_problems += len(reasons)
+                    for i in sorted(reasons)[: KEPT_PROBLEMS - len(problems)]:
+                        value = is_no_text(batch, layout, i) if reasons[i] == NO_LABEL else None
+                        why = reasons[i] if value is None else f"its label {value} is no text and no whole number"
+                        problems.append(Problem(f"{name}: row {rows + i + 1}", why))
                     for first, end, key in _runs(labels, good):
                         group, label = key.split(BETWEEN) if layout.group else ("all", key)
                         unique = f"{group}/{label}" if layout.group else label
@@ -210,7 +225,7 @@ def index(
         }
         for place in files
     ]
-    return Found(shape or (), columns, entries, described, problems, left_out)
+    return Found(shape or (), columns, entries, described, num_problems, problems, left_out)
 
 
 def dtype_of(modality: Modality) -> str:
@@ -228,7 +243,7 @@ def _usable(
     fit = usable(modality, shape, examples)
     reasons = {int(i): f"holds no {_wanted(modality, shape)}" for i in np.flatnonzero(~fit)}
     named = labels.is_valid().to_numpy(zero_copy_only=False)
-    reasons |= {int(i): "has no label" for i in np.flatnonzero(~named)}
+    reasons |= {int(i): NO_LABEL for i in np.flatnonzero(~named)}
     for key in labels.unique().drop_null().to_pylist():
         bare = key.replace(BETWEEN, "", 1)
         if not bare.strip() or len(bare) > MAX_NAME or re.search(r"[\x00-\x1f\x7f]", bare):
@@ -236,7 +251,10 @@ def _usable(
             reasons |= {int(i): f"its label {bare[:40]!a} is no name" for i in which}
     if modality not in FIXED:
         for i in np.flatnonzero(fit):
-            why = check(examples[int(i)].as_py())
+            try:
+                why = check(examples[int(i)].as_py())
+            except UnicodeDecodeError:
+                why = "is not UTF-8"
             if why:
                 reasons.setdefault(int(i), why)
     good = fit & named

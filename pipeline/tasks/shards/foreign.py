@@ -57,10 +57,48 @@ def all_are(labels: pa.Array, group: str | None, label: str) -> bool:
     return bool(pc.all(pc.fill_null(pc.equal(labels, wanted), False), min_count=0).as_py())
 
 
+def is_no_text(table: pa.Table | pa.RecordBatch, layout: Layout, row: int) -> str | None:
+    """The label or group of a row that is there and is neither a text nor a whole number, as a user knows it."""
+    for path in filter(None, (layout.label, layout.group)):
+        given = column_of(table, path).slice(row, 1)
+        if given.null_count or _texts(given).null_count == 0:
+            continue
+        shown = given.cast(pa.float64())[0].as_py() if pa.types.is_floating(given.type) else _bytes(given)[0].as_py()
+        if shown == shown:  # NaN is what pandas writes for a missing one
+            return repr(shown)[:40]
+    return None
+
+
 def _texts(array: pa.Array) -> pa.Array:
+    """Each value as text; null where there is none, or one that is no whole number or not UTF-8."""
     if pa.types.is_floating(array.type):  # integers, until pandas met one that is missing
-        array = array.cast(pa.int64())
-    return array.cast(pa.string())
+        numbers = array.cast(pa.float64())
+        whole = pc.and_(pc.equal(numbers, pc.trunc(numbers)), pc.less(pc.abs(numbers), 2.0**63))
+        array = pc.if_else(whole, numbers, pa.scalar(None, pa.float64())).cast(pa.int64())
+    if not _is_text(array.type):
+        return array.cast(pa.string())
+    values = _bytes(array)
+    try:
+        return values.cast(pa.string())
+    except pa.ArrowInvalid:
+        return pa.array([_decoded(value) for value in values.to_pylist()], pa.string())
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    of_bytes = pa.types.is_binary(kind) or pa.types.is_large_binary(kind) or pa.types.is_fixed_size_binary(kind)
+    return of_bytes or pa.types.is_string(kind) or pa.types.is_large_string(kind)
+
+
+def _bytes(array: pa.Array) -> pa.Array:
+    """Texts without their promise to be UTF-8, which a file need not keep and pyarrow does not check."""
+    return array.cast(pa.binary())
+
+
+def _decoded(value: bytes | None) -> str | None:
+    try:
+        return None if value is None else value.decode()
+    except UnicodeDecodeError:
+        return None
 
 
 def usable(modality: Modality, shape: Sequence[int], array: pa.Array) -> np.ndarray:

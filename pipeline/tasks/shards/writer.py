@@ -8,6 +8,7 @@ import glob
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 import unicodedata
@@ -40,6 +41,9 @@ from pipeline.types import Split
 
 ROW_GROUP_BYTES = 4 << 20
 SHARD_BYTES = 64 << 20
+# All that a data set's folder holds where we wrote it: the manifest, the shards and the card (`datasets/card.py`).
+OWN_FILES = frozenset({MANIFEST, "shards", "DATASET.md", "DATASET.png", "DATASET-statistics.json"})
+OWN_SHARD = re.compile(r"\d{5,}\.parquet")
 
 
 class ClassExamples(NamedTuple):
@@ -92,8 +96,12 @@ def write(
         return place.publish(writer.close(), {"source": dict(source), "preprocessing": dict(preprocessing)})
 
 
-def check_free(out: str | Location, *, overwrite: bool) -> None:
-    """Raises DataError where something stands at `out` that may not be replaced, or an object store does not answer."""
+def check_free(out: str | Location, *, overwrite: bool, source: Path | None = None) -> None:
+    """Raises DataError where something stands at `out` that may not be replaced, or an object store does not answer.
+
+    Only what we wrote may go: no adopted files, which are the user's own, and no folder with others' files in it.
+    source: the folder of the raw data, which must not go with `out`.
+    """
     out = location(out)
     try:
         if not out.exists():
@@ -104,6 +112,47 @@ def check_free(out: str | Location, *, overwrite: bool) -> None:
         raise DataError(f"{out}: already exists. Choose another --out, or replace it with --overwrite.")
     if not (out / MANIFEST).exists():
         raise DataError(f"{out}: exists and is not a data set, so --overwrite leaves it alone. Choose another --out.")
+    if source is not None and isinstance(out, Path):
+        here, there = out.resolve(), source.resolve()
+        if here.is_relative_to(there) or there.is_relative_to(here):
+            raise DataError(
+                f"{out}: is the folder of the raw data {source}, lies inside it or contains it, so --overwrite leaves "
+                "it alone. Choose another --out."
+            )
+    try:
+        _check_own(out)
+    except OSError as error:
+        raise DataError(f"{out}: cannot be looked into ({error}). Choose another --out.") from error
+
+
+def _check_own(out: Location) -> None:
+    """Raises DataError: a folder with a manifest holds more than we wrote. OSError: it cannot be read."""
+    try:
+        manifest = json.loads((out / MANIFEST).read_text(encoding="utf-8"))
+    except ValueError:
+        manifest = None
+    if not isinstance(manifest, dict):
+        raise DataError(
+            f"{out / MANIFEST}: is no manifest that can be read, so --overwrite leaves the folder alone. Choose "
+            "another --out, or remove the folder yourself."
+        )
+    if manifest.get("layout") is not None:
+        raise DataError(
+            f"{out}: its Parquet files are your own (`data adopt` gave them a manifest), so --overwrite leaves them "
+            "alone. Choose another --out."
+        )
+    others = [place.name for place in out.iterdir() if place.name not in OWN_FILES]
+    others += [f"shards/{name}" for name in _names_in(out / "shards") if not OWN_SHARD.fullmatch(name)]
+    if others:
+        more = f" and {len(others) - 3} more" if len(others) > 3 else ""
+        raise DataError(
+            f"{out}: holds files that are not the data set's ({', '.join(sorted(others)[:3])}{more}), so --overwrite "
+            "leaves it alone. Move them away, or choose another --out."
+        )
+
+
+def _names_in(folder: Location) -> list[str]:
+    return [place.name for place in folder.iterdir()] if folder.is_dir() else []
 
 
 class Staging(NamedTuple):
