@@ -23,6 +23,7 @@ from pipeline.errors import ConfigError, DataError
 from pipeline.tasks import shards
 from pipeline.tasks.images import ImagesConfig
 from pipeline.tasks.shards import adopting, bounds
+from pipeline.tasks.shards.footer import row_groups
 from pipeline.tasks.shards.writer import OWN_FILES
 
 CLASSES = 21
@@ -375,3 +376,14 @@ def test_bad_rows_are_counted_and_few_are_kept(tmp_path: Path) -> None:
     assert (problems["count"], len(problems["first"])) == (200, adopting.KEPT_PROBLEMS)
     with pytest.raises(DataError, match=r"\(and 195 more\)"):
         adopt(tmp_path, strict=True, overwrite=True)
+
+
+def test_a_row_group_is_read_in_few_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bounds, "MAX_ROW_GROUP_BYTES", 1 << 20)
+    texts = [f"sentence {i} " + "word " * 15 for i in range(6000)]
+    unread = ["x" * 90 + str(i) for i in range(6000)]
+    pq.write_table(pa.table({"label": ["a"] * 6000, "text": texts, "more": unread}), tmp_path / "x.parquet")
+    footers, file = row_groups(tmp_path / "x.parquet"), pq.ParquetFile(tmp_path / "x.parquet")
+    batches = list(bounds.bounded_batches(file, footers, 0, ["label", "text"]))
+    assert pa.Table.from_batches(batches).column("text").to_pylist() == texts
+    assert len(batches) < 600, "about 3000, of two rows each, took seconds where row groups are large"

@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 from pipeline.tasks.shards.footer import RowGroupFooter
 
 MAX_ROW_GROUP_BYTES = 64 << 20  # decoded; a larger one is not of our writing
+UNFOLDED = 16  # row groups' bytes that a batch may unfold to before it is refused; with 1, batches were of a row or two
 
 
 def bounded_table(
@@ -27,12 +28,14 @@ def bounded_batches(
 ) -> Iterator[pa.RecordBatch]:
     """The batches of a row group, as long as they are no more than a row group may be.
 
-    No value is longer than its column is in the file, so a batch is within the limit too, however it is encoded.
+    No value is longer than its column is in the file. So a batch unfolds to UNFOLDED times the limit at most, however
+    it is encoded, and is refused then.
     """
     if number >= len(footers):
         raise ValueError(f"the file has {len(footers)} row groups")
-    longest = max((max(chunk.uncompressed, chunk.compressed) for chunk in footers[number].chunks), default=0)
-    rows = max(1, MAX_ROW_GROUP_BYTES // max(longest, 1))
+    names = {path.split(".")[0] for path in columns}
+    sizes = (max(chunk.uncompressed, chunk.compressed) for chunk in footers[number].chunks if chunk.column in names)
+    rows = max(1, UNFOLDED * MAX_ROW_GROUP_BYTES // max(sum(sizes), 1))
     left = MAX_ROW_GROUP_BYTES
     for batch in file.iter_batches(batch_size=rows, row_groups=[number], columns=list(columns)):
         left -= batch.nbytes
