@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 from pipeline import storage
+from pipeline.datasets.labels import label_problem
 from pipeline.datasets.prepare import REPORTED_PROBLEMS
 from pipeline.datasets.preprocessing import Preprocessing, decode_picture
 from pipeline.datasets.splits import class_splits
@@ -63,7 +64,14 @@ def adopt(
         preprocessing = _of_pixels(shape, kind)
     layout = shards.Layout(label=label, group=group, example=column)
     found = adopting.index(
-        folder, layout, modality, shape, check=_problem, min_examples=min_examples, progress=progress
+        folder,
+        layout,
+        modality,
+        shape,
+        check=_problem,
+        check_label=label_problem,
+        min_examples=min_examples,
+        progress=progress,
     )
     if strict and (found.problems or found.left_out):
         raise DataError(_refusal(folder, found))

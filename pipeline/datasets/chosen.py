@@ -70,11 +70,17 @@ class Chosen(Source):
             splits[LISTED] = dict(self._listed)
         return splits
 
+    def class_groups(self) -> dict[str, str]:
+        return {name: group for name, group in self._groups().items() if self._listed is None or name in self._listed}
+
+    def version(self) -> str:
+        return self.source.version()
+
     def originals(self) -> Mapping[Original, int]:
         return self.source.originals()
 
     def _groups(self) -> dict[str, str]:
-        """Class name -> group. Listed once, which takes a while where the raw data is one large table."""
+        """Class name -> group. Listed once, which takes a while where the raw data is large."""
         if self._group_of is None:
-            self._group_of = {raw.name: raw.group for raw in self.source.classes()}
+            self._group_of = self.source.class_groups()
         return self._group_of

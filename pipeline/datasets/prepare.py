@@ -155,9 +155,10 @@ def _preprocessing(source: Source) -> dict[str, Any]:
 
 
 def _key(source: Source, record: Mapping[str, Any], seed: int, min_examples: int) -> str:
-    """Tells preparations apart that would not give the same, as far as options go."""
+    """Tells preparations apart that would not give the same, as far as options and the source's version go."""
     options = {
         "source": type(source).__name__,
+        "version": source.version(),
         "modality": source.modality,
         "shape": source.shape,
         "columns": [column.model_dump(mode="json") for column in source.columns],

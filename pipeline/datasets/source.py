@@ -90,6 +90,14 @@ class Source(Protocol):
         """
         ...
 
+    def class_groups(self) -> dict[str, str]:
+        """Class name -> group, in the order of `classes`."""
+        return {raw.name: raw.group for raw in self.classes()}
+
+    def version(self) -> str:
+        """Tells raw data from what it was before an edit, where the items do not: those that name no file."""
+        return ""
+
     def splits(self, *, seed: int) -> dict[str, dict[str, Split]]:
         """Name of a class split -> class name -> part; known before the examples are read."""
         ...

@@ -387,3 +387,16 @@ def test_a_row_group_is_read_in_few_batches(tmp_path: Path, monkeypatch: pytest.
     batches = list(bounds.bounded_batches(file, footers, 0, ["label", "text"]))
     assert pa.Table.from_batches(batches).column("text").to_pylist() == texts
     assert len(batches) < 600, "about 3000, of two rows each, took seconds where row groups are large"
+
+
+@pytest.mark.parametrize("group", [None, "group"])
+def test_a_label_that_no_manifest_may_hold_is_counted(tmp_path: Path, group: str | None) -> None:
+    """As in a table that is prepared: C1 controls too, and what stands between a group and a label here."""
+    labels = ["a", "a\x85b", "a\0b", "None"]
+    given = pa.table({"label": labels, "group": ["g"] * 4, "v": [[1.0, 2.0]] * 4})
+    pq.write_table(given, tmp_path / "x.parquet")
+    manifest = adopt(tmp_path, group=group, example="v")
+    assert sorted(entry.label for entry in manifest.classes) == ["None", "a"]
+    problems = manifest.source["problems"]
+    assert problems["count"] == 2
+    assert all("a name with control characters" in reason for _, reason in problems["first"])

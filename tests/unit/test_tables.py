@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 import pickle
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from pipeline.datasets import prepare as preparing
 from pipeline.datasets import tables
+from pipeline.datasets.chosen import Chosen
 from pipeline.datasets.prepare import prepare
 from pipeline.datasets.sources import read_options
 from pipeline.errors import ConfigError, DataError
@@ -101,7 +104,7 @@ def test_kinds_of_columns_are_found_or_given(tmp_path: Path) -> None:
 def test_bad_rows_are_counted_named_and_left_out(tmp_path: Path) -> None:
     good = [["a", "1"], ["b", "2"], ["a", "3"]] * 10
     file = tmp_path / "t.csv"
-    write_csv(file, [["label", "x"], *good, ["", "4"], ["NA", "5"], ["a", "1e99"], ["b", "large"], ["a" * 300, "6"]])
+    write_csv(file, [["label", "x"], *good, ["", "4"], [" ", "5"], ["a", "1e99"], ["b", "large"], ["a" * 300, "6"]])
     with file.open("ab") as stream:
         stream.write(b"a,7,too,many\r\nb\xff,8\r\nb,9\r\n")
     manifest, examples = prepared("csv", file, tmp_path / "out")
@@ -112,7 +115,7 @@ def test_bad_rows_are_counted_named_and_left_out(tmp_path: Path) -> None:
     reasons = {item: reason for item, reason in problems["first"]}
     assert reasons["t.csv: row 32"] == reasons["t.csv: row 33"] == "has no label"
     assert reasons["t.csv: row 34"] == reasons["t.csv: row 35"] == "column 'x' holds no finite number"
-    assert reasons["t.csv: row 36"] == "its label is of 300 characters; 200 are the most"
+    assert reasons["t.csv: row 36"] == "its label is a name of 300 characters; 200 are the most"
     assert reasons["t.csv: row 37"] == "has 4 cells and not 2"
     assert reasons["t.csv: row 38"] == "its label is not UTF-8"
     with pytest.raises(DataError, match="row 32"):
@@ -231,3 +234,114 @@ def test_a_copy_for_another_process_is_small_and_the_sorted_rows_go_with_the_tab
     assert any(folder.iterdir())
     del source
     assert not folder.exists()
+
+
+def test_rows_of_a_table_that_was_edited_are_not_mixed_with_those_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Classes and counts stay, so items print the same; the numbers are others."""
+    monkeypatch.setattr(preparing, "CHUNK_ITEMS", 1)
+    file = tmp_path / "t.csv"
+
+    def stop(_: Any) -> None:
+        raise KeyboardInterrupt
+
+    for number in (1, 2):
+        write_csv(file, [["label", "x"], *([name, number] for name in "abcdef" for _ in range(3))])
+        os.utime(file, ns=(number, number))
+        chosen = read_options("csv", {"directory": file})
+        if number == 1:
+            with pytest.raises(KeyboardInterrupt):
+                prepare(chosen.open(seed=0), tmp_path / "out", record=chosen.record(), workers=1, progress=stop)
+            assert list(tmp_path.glob(".out.partial-*"))
+    _, examples = prepared("csv", file, tmp_path / "out")
+    assert {float(x) for found in examples.values() for x in found.ravel()} == {2}
+    assert not list(tmp_path.glob(".out.partial-*"))
+
+
+@pytest.mark.parametrize("encoding", ["latin-1", "utf-16"])
+def test_a_header_that_is_no_utf8_says_to_convert_it(tmp_path: Path, encoding: str) -> None:
+    (tmp_path / "t.csv").write_bytes("label,größe\na,1\nb,2\n".encode(encoding))
+    with pytest.raises(DataError, match=r"t\.csv: its first row is not UTF-8\. Convert"):
+        prepared("csv", tmp_path / "t.csv", tmp_path / "out")
+
+
+def test_class_splits_that_were_asked_for_do_not_sort_the_table_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = write_csv(tmp_path / "t.csv", [["label", "x"], *([name, 1] for name in "abcdef" for _ in range(3))])
+    sorted_by = tables.sorting.SortedRows
+    made: list[Any] = []
+    monkeypatch.setattr(tables.sorting, "SortedRows", lambda *a, **k: made.append(1) or sorted_by(*a, **k))
+    chosen = read_options("csv", {"directory": file})
+    source = Chosen(chosen.open(seed=0), all_test=True)
+    manifest, _ = prepare(source, tmp_path / "out", record=chosen.record(), workers=1)
+    assert "all_test" in manifest.splits
+    assert len(made) == 1
+
+
+@pytest.mark.parametrize("value", ["a", [1.0], {"x": 1}])
+def test_lists_of_no_numbers_are_no_feature(tmp_path: Path, value: Any) -> None:
+    pq.write_table(pa.table({"v": [[value]] * 4, "label": list("abab")}), tmp_path / "t.parquet")
+    with pytest.raises(DataError, match=r"column 'v': of type list.*no feature.*--leave-out v"):
+        prepared("parquet", tmp_path / "t.parquet", tmp_path / "out")
+
+
+@pytest.mark.parametrize("first", [[], [1.0], [1.0, 2.0, 3.0]])
+def test_a_first_list_of_another_length_is_a_problem_of_its_row(tmp_path: Path, first: list[float]) -> None:
+    table = pa.table({"v": [first, *([1.0, 2.0] for _ in range(5))], "label": list("ababab")})
+    pq.write_table(table, tmp_path / "t.parquet")
+    manifest, examples = prepared("parquet", tmp_path / "t.parquet", tmp_path / "out")
+    assert {name: found.shape for name, found in examples.items()} == {"a": (2, 2), "b": (3, 2)}
+    assert manifest.source["problems"]["first"] == [["t.parquet: row 1", "column 'v' holds no 2 finite numbers"]]
+    assert not any(column.missing for column in manifest.columns)
+
+
+def test_lists_that_are_all_empty_are_no_feature(tmp_path: Path) -> None:
+    table = pa.table({"v": pa.array([[], None], pa.list_(pa.float32())), "x": [1, 2], "label": ["a", "a"]})
+    pq.write_table(table, tmp_path / "t.parquet")
+    with pytest.raises(DataError, match=r"column 'v': its lists are all empty.*--leave-out v"):
+        prepared("parquet", tmp_path / "t.parquet", tmp_path / "out")
+
+
+def test_what_stands_for_no_value_elsewhere_may_be_a_class(tmp_path: Path) -> None:
+    """And names that no manifest may hold are counted, whichever control character is in them."""
+    names = ["None", "NA", "null", "?"]
+    rows = [[name, i] for name in [*names, "", " ", "a\x85b", "a\x7fb"] for i in range(2)]
+    manifest, examples = prepared("csv", write_csv(tmp_path / "t.csv", [["label", "x"], *rows]), tmp_path / "out")
+    assert sorted(examples) == sorted(names)
+    found = [reason for _, reason in manifest.source["problems"]["first"]]
+    assert found[:4] == ["has no label"] * 4
+    assert len(found) == 8
+    assert all("control characters" in reason for reason in found[4:])
+
+
+def test_a_label_that_is_nan_is_missing(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"label": [1.0, float("nan"), 1.0], "x": [1, 2, 3]}), tmp_path / "t.parquet")
+    manifest, examples = prepared("parquet", tmp_path / "t.parquet", tmp_path / "out")
+    assert list(examples) == ["1"]
+    assert manifest.source["problems"]["first"] == [["t.parquet: row 2", "has no label"]]
+
+
+def test_items_of_pictures_are_bounded_by_what_they_decode_to(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"image": [picture(1)] * 10, "label": ["a"] * 10}), tmp_path / "t.parquet")
+    source = read_options("parquet", {"directory": tmp_path / "t.parquet", "image": "image", "size": 400}).open(seed=0)
+    (only,) = source.classes()
+    items = list(only.items)
+    assert [item.stop - item.start for item in items] == [2] * 5
+    assert sum(len(source.read([item])[0]) for item in items) == 10
+
+
+def test_parquet_batches_are_short_where_rows_are_large(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tables.batches, "BATCH_BYTES", 40_000)
+    file = tmp_path / "t.parquet"
+    schema = pa.schema({"image": pa.binary(), "other": pa.binary(), "label": pa.string()})
+    sizes = [1, 1, 10_000]
+    with pq.ParquetWriter(file, schema, use_dictionary=False, compression="none") as writer:
+        for size in sizes:
+            content = [os.urandom(size) for _ in range(8)]
+            writer.write_table(pa.table([content, [bytes(50_000)] * 8, ["a"] * 8], schema=schema))
+    found = list(tables.batches.ParquetFiles(file).batches(["image", "label"]))
+    assert max(len(batch.numbers) for batch in found[-3:]) == 3
+    assert sum(len(batch.numbers) for batch in found[:-3]) == 16
+    assert np.concatenate([batch.numbers for batch in found]).tolist() == list(range(1, 25))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ from pipeline.datasets.source import Problem
 from pipeline.errors import DataError
 
 BATCH_ROWS = 16_384  # of a Parquet file, at most
+BATCH_BYTES = 32 << 20  # that they take in the file before compression, about
 BLOCK_BYTES = 2 << 20  # of a CSV file: a row may not be longer, and Arrow reads up to 32 blocks ahead
 CSV_SUFFIXES = (".csv", ".tsv", ".txt", ".csv.gz", ".tsv.gz", ".csv.bz2", ".csv.zst")
 PARQUET_SUFFIXES = (".parquet", ".pq")
@@ -39,7 +41,14 @@ class CsvFiles:
         self.names = self._names(self.files[0])
 
     def _names(self, file: Path) -> list[str]:
-        return _unique(file, self._open(file, {}, lambda row: "skip").schema.names)
+        try:
+            names = self._open(file, {}, lambda row: "skip").schema.names
+        except UnicodeDecodeError as error:
+            raise DataError(
+                f"{file}: its first row is not UTF-8. Convert the file to UTF-8: in Excel save it as 'CSV UTF-8', or "
+                "use iconv -f LATIN1 -t UTF-8 (-f UTF-16 if Excel saved it as Unicode text)."
+            ) from error
+        return _unique(file, names)
 
     def _open(self, file: Path, types: dict[str, Any], invalid_row: Callable[[Any], str]) -> Any:
         try:
@@ -55,7 +64,7 @@ class CsvFiles:
                     check_utf8=False, column_types=types, strings_can_be_null=False, null_values=[]
                 ),
             )
-        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        except (pa.ArrowException, OSError) as error:
             raise DataError(f"{file}: not a table that can be read ({_short(error)}).") from error
 
     def batches(self, columns: list[str]) -> Iterator[Batch]:
@@ -117,12 +126,25 @@ class ParquetFiles:
                 _check_names(file, parquet.schema_arrow.names, self.names)
                 first = 1
                 try:
-                    for table in parquet.iter_batches(BATCH_ROWS, columns=columns, use_threads=False):
-                        numbers = np.arange(first, first + len(table))
-                        yield Batch(file, numbers, table.select(columns), [])
-                        first += len(table)
+                    rows_of = _batch_rows(parquet, columns)
+                    for rows, row_groups in itertools.groupby(range(len(rows_of)), key=rows_of.__getitem__):
+                        for table in parquet.iter_batches(rows, list(row_groups), columns=columns, use_threads=False):
+                            numbers = np.arange(first, first + len(table))
+                            yield Batch(file, numbers, table.select(columns), [])
+                            first += len(table)
                 except (pa.ArrowException, OSError) as error:
                     raise DataError(f"{file}: cannot be read after row {first - 1} ({_short(error)}).") from error
+
+
+def _batch_rows(parquet: pq.ParquetFile, columns: list[str]) -> list[int]:
+    """How many rows of each row group are read at once, by what the columns take there."""
+    found = []
+    for number in range(parquet.num_row_groups):
+        group = parquet.metadata.row_group(number)
+        parts = (group.column(i) for i in range(group.num_columns))
+        size = sum(p.total_uncompressed_size for p in parts if p.path_in_schema.split(".")[0] in columns)
+        found.append(min(BATCH_ROWS, max(1, BATCH_BYTES * group.num_rows // max(1, size))))
+    return found
 
 
 def table_of_nothing(columns: list[str]) -> pa.RecordBatch:

@@ -2,22 +2,34 @@
 
 from __future__ import annotations
 
-import re
+from collections import Counter
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline.datasets.labels import label_problem
 from pipeline.datasets.source import Column
 from pipeline.errors import DataError
 
-MISSING = ["", "?", "NA", "N/A", "n/a", "NaN", "nan", "NULL", "null", "None"]  # as tables write that there is no value
+MISSING = [
+    "",
+    "?",
+    "NA",
+    "N/A",
+    "n/a",
+    "NaN",
+    "nan",
+    "NULL",
+    "null",
+    "None",
+]  # of features; a class may be so named
 NUMBER = r"^[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?$"
 MAX_CATEGORIES = 1000  # of a column; with more it is no categorical one
 MAX_CLASSES = 1_000_000
-MAX_NAME = 200  # characters of a class's name; more are a text in the wrong column
 MOSTLY = 0.9  # a column is numeric if more than this share of its values are numbers
 LARGEST = float(np.finfo(np.float32).max)
 
@@ -35,17 +47,17 @@ def names_of(array: pa.Array, *, what: str) -> Names:
     """Labels or groups in a batch's column."""
     names: list[str | None] = []
     reasons: dict[int, str] = {}
+    problem = cache(label_problem)  # few names are of many rows
     for row, text in enumerate(texts_of(array)):
         name = text.strip() if text is not None else None
         reason = None
-        if text is None and array[row].is_valid:
+        if text is None and is_not_utf8(array, row):
             reason = f"its {what} is not UTF-8"
-        elif name is None or name in MISSING:
+        elif not name:
             reason = f"has no {what}"
-        elif len(name) > MAX_NAME:
-            reason = f"its {what} is of {len(name)} characters; {MAX_NAME} are the most"
-        elif re.search(r"[\x00-\x1f\x7f]", name):
-            reason = f"its {what} holds control characters"
+        else:
+            wrong = problem(name)
+            reason = f"its {what} is {wrong}" if wrong else None
         if reason:
             reasons[row] = reason
         names.append(None if reason else name)
@@ -63,6 +75,11 @@ def texts_of(array: pa.Array) -> list[str | None]:
         return array.cast(pa.string()).to_pylist()
     except pa.ArrowInvalid:
         return [_decoded(value) for value in array.to_pylist()]
+
+
+def is_not_utf8(array: pa.Array, row: int) -> bool:
+    """Whether that is why there is no text in a row; a number that is NaN is missing."""
+    return is_binary(plain(array).type) and bool(array[row].is_valid)
 
 
 def _decoded(value: bytes | None) -> str | None:
@@ -114,6 +131,12 @@ def stripped(array: pa.Array) -> pa.Array:
     return pc.utf8_trim_whitespace(array)
 
 
+def is_numeric(kind: pa.DataType) -> bool:
+    """Whether its values are numbers, bools among them, or all missing."""
+    numbers = pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind)
+    return bool(numbers or pa.types.is_boolean(kind) or pa.types.is_null(kind))
+
+
 def is_list(kind: pa.DataType) -> bool:
     return pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
 
@@ -140,6 +163,7 @@ class ColumnScan:
     numbers: int = 0
     odd: int = 0  # values that are no numbers
     missing: int = 0
+    lists: bool = False
     width: int | None = None  # of a column of lists
     values: set[str] = field(default_factory=set)  # at most MAX_CATEGORIES + 1
 
@@ -150,9 +174,8 @@ class ColumnScan:
             return
         kind = plain(array).type
         texts = pa.types.is_string(kind) or pa.types.is_large_string(kind) or is_binary(kind)
-        numeric = pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind)
-        if not (texts or numeric or pa.types.is_boolean(kind) or pa.types.is_null(kind)):
-            raise DataError(f"column {self.name!r}: of type {kind}, which is no feature. Leave it out (--leave-out).")
+        if not (texts or is_numeric(kind)):
+            raise self._no_feature(kind)
         found = numbers_of(array)
         there = int((~np.isnan(found.values)).sum())
         self.numbers += there
@@ -163,13 +186,27 @@ class ColumnScan:
             self.values.update(distinct[: MAX_CATEGORIES + 1])
 
     def _add_lists(self, array: pa.Array) -> None:
-        lengths = pc.unique(pc.drop_null(pc.list_value_length(array))).to_pylist()
-        if self.width is None and lengths:
-            self.width = lengths[0]  # a row of another length is a problem of that row
-        self.missing += array.null_count + int(np.isnan(vectors_of(array, self.width or 0).values).any())
+        self.lists = True
+        if not is_numeric(array.type.value_type):
+            raise self._no_feature(array.type)
+        if self.width is None:
+            lengths = Counter(length for length in pc.list_value_length(array).to_pylist() if length)
+            if not lengths:
+                self.missing += array.null_count
+                return
+            self.width = lengths.most_common(1)[0][0]  # a row of another length is a problem of that row
+        found = vectors_of(array, self.width)
+        self.missing += int(np.isnan(found.values[~found.odd]).sum())
+
+    def _no_feature(self, kind: pa.DataType) -> DataError:
+        return DataError(
+            f"column {self.name!r}: of type {kind}, which is no feature. Leave it out (--leave-out {self.name})."
+        )
 
     def columns(self) -> list[Column]:
-        """What becomes of it in a vector. Raises DataError: too many different texts."""
+        """What becomes of it in a vector. Raises DataError: too many different texts, or empty lists alone."""
+        if self.lists and self.width is None:
+            raise DataError(f"column {self.name!r}: its lists are all empty. Leave it out (--leave-out {self.name}).")
         if self.width is not None:
             return [Column(name=f"{self.name}[{i}]", missing=self.missing > 0) for i in range(self.width)]
         numeric = self.asked == "numeric" or not self.values

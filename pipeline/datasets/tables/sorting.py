@@ -39,10 +39,16 @@ Item = RowRange | ProblemFile
 
 
 class SortedRows:
-    """Being written: places for the rows of classes with `counts` rows, and `sizes` bytes if they are contents."""
+    """Being written: places for the rows of classes with `counts` rows, and `sizes` bytes if they are contents.
 
-    def __init__(self, folder: Path, counts: Sequence[int], *, width: int, sizes: Sequence[int] = ()) -> None:
+    decoded: bytes that a content becomes when it is read, at least.
+    """
+
+    def __init__(
+        self, folder: Path, counts: Sequence[int], *, width: int, sizes: Sequence[int] = (), decoded: int = 0
+    ) -> None:
         self.folder = folder
+        self._most = max(1, ITEM_BYTES // max(1, decoded))  # contents of an item
         self.width = width
         self._starts = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
         self._written = np.zeros(len(counts), dtype=np.int64)
@@ -98,14 +104,15 @@ class SortedRows:
         return self._problem_files
 
     def items(self, class_id: int) -> Iterator[RowRange]:
-        """The rows of a class, in ranges of about ITEM_BYTES."""
+        """The rows of a class, in ranges of about ITEM_BYTES, both as they are stored and decoded."""
         start = int(self._starts[class_id])
         stop = start + int(self._written[class_id])
         while start < stop:
             if self.width:
                 end = min(stop, start + max(1, ITEM_BYTES // (4 * self.width)))
             else:
-                sizes = (self._spans[start:stop, 1] - self._spans[start:stop, 0]).cumsum()
+                spans = self._spans[start : min(stop, start + self._most)]
+                sizes = (spans[:, 1] - spans[:, 0]).cumsum()
                 end = start + max(1, int(np.searchsorted(sizes, ITEM_BYTES, side="right")))
             yield RowRange(start, end, self.width)
             start = end

@@ -6,7 +6,9 @@ column that is named as the text or the picture. A class is a label, or, with gr
 
 from __future__ import annotations
 
+import hashlib
 import io
+import json
 import os
 import shutil
 import tempfile
@@ -101,6 +103,7 @@ class Table(Source):
     def __init__(self, options: TableOptions, table: CsvFiles | ParquetFiles) -> None:
         self._options = options
         self._table = table
+        self._version = _version(table.files)  # before the first reading, so that an edit during it is told too
         self._content = options.text or options.image
         self._features = _features(options, table.names)
         if options.image is not None:
@@ -117,8 +120,14 @@ class Table(Source):
     def columns(self) -> Sequence[Column]:  # type: ignore[override]
         return self._scan.columns
 
+    def class_groups(self) -> dict[str, str]:  # without sorting
+        return dict(self._scan.classes)
+
+    def version(self) -> str:
+        return self._version
+
     def splits(self, *, seed: int) -> dict[str, dict[str, Split]]:
-        return class_splits(dict(self._scan.classes), seed=seed)
+        return class_splits(self.class_groups(), seed=seed)
 
     def classes(self) -> Iterator[RawClass]:
         rows, problems = self._sort()
@@ -173,7 +182,10 @@ class Table(Source):
         scan = self._scan
         numbers = {name: i for i, (name, _) in enumerate(scan.classes)}
         width = 0 if self._content else len(scan.columns)
-        rows = sorting.SortedRows(self._folder, scan.counts, width=width, sizes=scan.sizes)
+        decoded = 0
+        if isinstance(self.preprocessing, Preprocessing):
+            decoded = self.preprocessing.size**2 * self.preprocessing.channels
+        rows = sorting.SortedRows(self._folder, scan.counts, width=width, sizes=scan.sizes, decoded=decoded)
         for batch in self._batches():
             members, reasons = self._members(batch)
             if self._content:
@@ -223,7 +235,7 @@ class Table(Source):
         encoded: list[bytes | None] = []
         for i, text in enumerate(texts):
             content = text.encode() if text is not None else b""
-            if text is None and array[i].is_valid:
+            if text is None and scanning.is_not_utf8(array, i):
                 reasons[i] = "its text is not UTF-8"
             elif text is None or not text.strip():
                 reasons[i] = "has no text"
@@ -280,6 +292,13 @@ def _read(folder: Path, modality: Modality, preprocessing: Any, items: Sequence[
     if modality == "text":
         return texts, problems
     return (np.concatenate(vectors) if vectors else np.zeros((0, 1), np.float32)), problems
+
+
+def _version(files: Sequence[Path]) -> str:
+    """Of all the files: items are ranges of sorted rows, which say nothing of what the rows hold."""
+    status = [(file, file.stat()) for file in files]
+    described = [(str(file.absolute()), each.st_size, each.st_mtime_ns) for file, each in status]
+    return hashlib.sha256(json.dumps(described).encode()).hexdigest()
 
 
 def _features(options: TableOptions, names: list[str]) -> list[str]:

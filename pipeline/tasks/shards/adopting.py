@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -35,7 +34,6 @@ MAX_RUNS = 1_000_000  # of rows of one class, in all files
 MAX_DECODED = 8  # times the data's size that may be decoded to read every class once, where it does not fit in memory
 KEPT_PROBLEMS = 50  # of rows; the others are counted
 NO_LABEL = "has no label"
-MAX_NAME = 200  # characters of a label; more are a text in the wrong column
 GUESSES = ("image", "img", "features", "embedding", "embeddings", "vector", "text", "sentence")
 
 
@@ -138,13 +136,15 @@ def index(
     shape: tuple[int, ...] | None,
     *,
     check: Callable[[Any], str | None],
+    check_label: Callable[[str], str | None],
     min_examples: int,
     progress: Callable[[int, int], None],
 ) -> Found:
     """Read the files once and find their classes.
 
     shape: of an example; a vector's may be None. check: what is wrong with an encoded image or a text, if anything.
-    min_examples: a class with fewer is left out. progress: told of rows read and of all rows.
+    check_label: the same of a label or a group. min_examples: a class with fewer is left out. progress: told of rows
+    read and of all rows.
 
     Raises DataError: a file that cannot be read, row groups too large to be read at once, or classes scattered so
     widely that training would decode everything again and again; each says what to do.
@@ -167,7 +167,9 @@ def index(
                     examples, labels = column_of(batch, layout.example), labels_of(batch, layout)
                     if modality == "vector" and shape is None and len(examples):
                         shape = _vector_shape(examples)
-                    good, reasons = _usable(modality, shape or (), examples, labels, check)
+                    good, reasons = _usable(
+                        modality, shape or (), examples, labels, check, check_label, grouped=layout.group is not None
+                    )
                     num_problems += len(reasons)
                     for i in sorted(reasons)[: KEPT_PROBLEMS - len(problems)]:
                         value = is_no_text(batch, layout, i) if reasons[i] == NO_LABEL else None
@@ -238,6 +240,9 @@ def _usable(
     examples: pa.Array,
     labels: pa.Array,
     check: Callable[[Any], str | None],
+    check_label: Callable[[str], str | None],
+    *,
+    grouped: bool,
 ) -> tuple[np.ndarray, dict[int, str]]:
     """Which rows can be examples, and what is wrong with the others, by row of the batch."""
     fit = usable(modality, shape, examples)
@@ -245,10 +250,12 @@ def _usable(
     named = labels.is_valid().to_numpy(zero_copy_only=False)
     reasons |= {int(i): NO_LABEL for i in np.flatnonzero(~named)}
     for key in labels.unique().drop_null().to_pylist():
-        bare = key.replace(BETWEEN, "", 1)
-        if not bare.strip() or len(bare) > MAX_NAME or re.search(r"[\x00-\x1f\x7f]", bare):
+        names = key.split(BETWEEN, 1) if grouped else [key]
+        wrong = next(filter(None, map(check_label, names)), None)
+        if wrong:
+            bare = " ".join(names)
             which = np.flatnonzero([each == key for each in labels.to_pylist()])
-            reasons |= {int(i): f"its label {bare[:40]!a} is no name" for i in which}
+            reasons |= {int(i): f"its label {bare[:40]!a} is {wrong}" for i in which}
     if modality not in FIXED:
         for i in np.flatnonzero(fit):
             try:
