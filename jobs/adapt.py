@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -12,6 +12,13 @@ from rich.table import Table
 
 from jobs import console
 from jobs.evaluate import Model
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+BEST = 3  # classes shown beside a query where there are more than MOST_COLUMNS
+MOST_COLUMNS = 8
 
 
 class Normalization(StrEnum):
@@ -87,15 +94,25 @@ def adapt(
         out.write_text(json_format.dumps(result, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
 
     def show() -> None:
-        labels = [escape(str(label)) for label in adapted.labels]  # a folder's name may look like markup
-        table = Table(kind, "label", *labels, title=f"{escape(model)}, {normalization.value}")
-        for prediction, row in zip(predictions, probabilities, strict=True):
-            cells = (f"{p:.3f}" for p in row)
-            shown_as = escape(str(next(iter(prediction.values()))))
-            table.add_row(shown_as, f"[bold]{escape(prediction['label'])}[/]", *cells)
-        console.out.print(table)
+        shown_as = [str(next(iter(name.values()))) for name in names]
+        console.out.print(_table(f"{model}, {normalization.value}", kind, shown_as, adapted.labels, probabilities))
 
     console.emit(result, as_json=json, show=show)
+
+
+def _table(title: str, kind: str, names: list[str], labels: list[Any], probabilities: np.ndarray) -> Table:
+    """Each query's label and probabilities: a column per class, or of many classes the most probable ones."""
+    words = [escape(str(label)) for label in labels]  # a folder's name may look like markup
+    many = len(labels) > MOST_COLUMNS
+    columns = [f"{place}." for place in range(2, BEST + 1)] if many else words
+    table = Table(kind, "label", *(["probability"] if many else []), *columns, title=escape(title))
+    for name, row in zip(names, probabilities, strict=True):
+        first, *others = (-row).argsort(kind="stable")[:BEST]
+        cells = [f"{p:.3f}" for p in row]
+        if many:
+            cells = [cells[first], *(f"{words[other]} {cells[other]}" for other in others)]
+        table.add_row(escape(name), f"[bold]{words[first]}[/]", *cells)
+    return table
 
 
 if __name__ == "__main__":

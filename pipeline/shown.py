@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from pipeline.datasets.preprocessing import Preprocessing
+from pipeline.datasets.tables.scanning import MISSING
 from pipeline.errors import DataError
 from pipeline.tasks.tables import TableEncoding
 from pipeline.tasks.tokens import Tokens
@@ -113,8 +114,8 @@ def table_rows(x: Any, encoding: TableEncoding, dtype: torch.dtype, name: str) -
 
 
 def _cell(value: Any, column: Any, name: str, *, named: bool = False) -> float:
-    """named: a category is its name, even if it is a number."""
-    if value is None or value != value or value == "":
+    """named: a category is its name, even if it is a number. What `data prepare` takes as missing is NaN here too."""
+    if value is None or value != value or (isinstance(value, str) and value.strip() in MISSING):
         return math.nan
     if column.kind == "categorical" and (named or isinstance(value, str)):
         text = str(int(value)) if isinstance(value, float) and value.is_integer() else str(value).strip()

@@ -20,15 +20,16 @@ from typing import Literal
 from PIL import Image
 from pydantic import Field
 
-from pipeline.datasets.labels import check_names
-from pipeline.datasets.preprocessing import IMAGE_SUFFIXES, Preprocessing, open_picture, pictures_in, readable
+from pipeline.datasets.labels import BOTH_KEPT, check_names
+from pipeline.datasets.preprocessing import IMAGE_SUFFIXES, Preprocessing, open_picture, pictures_in, readable, upright
 from pipeline.datasets.source import Examples, Original, Problem, RawClass, Source
 from pipeline.datasets.sources import FolderOptions
 from pipeline.datasets.splits import group_split, random_split
 from pipeline.errors import DataError
 from pipeline.types import Split
 
-ENCODED = ("PNG", "JPEG", "WEBP")  # kept as they are where pictures stay encoded; others become PNG
+# MPO: a phone's JPEG with more frames behind the first, which alone is decoded
+ENCODED = ("PNG", "JPEG", "MPO", "WEBP")  # kept as they are where pictures stay encoded; others become PNG
 MAX_ENCODED_BYTES = 32 << 20
 OTHER_SUFFIXES = (".heic", ".heif", ".avif", ".jxl", ".jp2", ".svg", ".psd", ".cr2", ".nef", ".dng", ".eps", ".ppm")
 LOOKED_AT = 20  # pictures of each class whose size and mode are counted
@@ -79,7 +80,7 @@ class ImageFolder(Source):
         problems = []
         for path in items:
             try:
-                files.append(encoded_picture(path))
+                files.append(encoded_picture(path, self.preprocessing))
             except DataError as error:
                 name, _, reason = str(error).partition(": ")
                 problems.append(Problem(name, reason))
@@ -114,8 +115,9 @@ def class_folders(source: Path) -> dict[str, Path]:
             raise DataError(
                 f"{folder}: class {name} holds no picture ({', '.join(IMAGE_SUFFIXES)}). Add some, or remove it."
             )
-    if problems:
-        raise DataError(f"{problems[0].item}: {problems[0].reason}.")
+    for problem in problems:
+        if not problem.reason.endswith(BOTH_KEPT):
+            raise DataError(f"{problem.item}: {problem.reason}.")
     if not found:
         raise DataError(_no_pictures(source))
     return found
@@ -142,17 +144,19 @@ def find_classes(source: Path) -> tuple[dict[str, Path], list[Problem]]:
     return {name: found[name] for name in names}, problems + odd
 
 
-def encoded_picture(path: Path) -> bytes:
-    """A picture's file as it is, if it can be decoded; of other formats than PNG, JPEG and WebP, as PNG.
+def encoded_picture(path: Path, preprocessing: Preprocessing) -> bytes:
+    """A picture's file as it is, if training can preprocess it; of other formats than PNG, JPEG, WebP: PNG.
 
-    Raises DataError as `open_picture` does, and for one of more than MAX_ENCODED_BYTES.
+    Raises DataError as `open_picture` and the preprocessing do, and for one of more than MAX_ENCODED_BYTES.
     """
     picture = _open(path)
+    preprocessing(picture)
     content = path.read_bytes()
     with Image.open(io.BytesIO(content)) as header:
         kept = header.format in ENCODED
     if not kept:
         stream = io.BytesIO()
+        picture = upright(picture)  # the PNG holds no EXIF
         as_png = picture.mode in ("1", "L", "LA", "P", "RGB", "RGBA", "I;16")
         (picture if as_png else picture.convert("RGB")).save(stream, "PNG")
         content = stream.getvalue()

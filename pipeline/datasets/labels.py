@@ -12,6 +12,7 @@ from collections.abc import Iterable
 from pipeline.datasets.source import Problem
 
 MAX_LENGTH = 200  # characters
+BOTH_KEPT = "both are kept"  # ends the reason of a problem that leaves nothing out
 
 
 def shown(name: str) -> str:
@@ -49,7 +50,7 @@ def check_names(names: Iterable[str]) -> tuple[list[str], list[Problem]]:
         key = unicodedata.normalize("NFKC", name).casefold()
         if key in folded:
             problems.append(
-                Problem(f"class {name!r}", f"differs from class {folded[key]!r} by case or form alone; both are kept")
+                Problem(f"class {name!r}", f"differs from class {folded[key]!r} by case or form alone; {BOTH_KEPT}")
             )
         folded.setdefault(key, name)
     return kept, problems

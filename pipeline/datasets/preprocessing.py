@@ -6,12 +6,13 @@ and size that the model was trained on.
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import BinaryIO, Literal, TypeVar
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from pydantic import Field, model_validator
 
 from pipeline.config import Section
@@ -24,7 +25,22 @@ MAX_SIDE = 16_384  # a drawing's canvas is padded to a square: one row of 64 mil
 # What `IMAGE_SUFFIXES` stand for. Pillow tells a format by its content and knows more than these; EPS runs Ghostscript.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-
+# What Pillow raises of damaged pixels and metadata.
+DAMAGE = (
+    *(OSError, SyntaxError, ValueError, TypeError, AttributeError, LookupError, ArithmeticError, MemoryError),
+    struct.error,
+)
+TURNS = {  # the EXIF tag Orientation -> what turns the picture upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+METADATA = ("exif", "Raw profile type exif", "XML:com.adobe.xmp", "xmp")  # where Pillow looks for the orientation
+NAME = "metapipe name"  # key of `Image.info`: what errors call the picture
 
 Item = TypeVar("Item")
 
@@ -47,8 +63,19 @@ class Preprocessing(Section):
         return self
 
     def __call__(self, picture: Image.Image) -> np.ndarray:
-        """uint8 [size, size, channels], area-averaged when shrinking."""
-        picture = ImageOps.exif_transpose(picture)
+        """uint8 [size, size, channels], area-averaged when shrinking.
+
+        Raises DataError: grey of an unknown scale, or anything else that Pillow cannot turn into this.
+        """
+        name = picture.info.get(NAME, "a picture")
+        if picture.mode in ("F", "I"):  # which value is white nobody says; convert("L") would clip at 255
+            raise DataError(f"{name}: grey of 32 bits, whose scale is not known. Convert it to 8 or 16 bit grey.")
+        try:
+            return self._array(upright(picture))
+        except DAMAGE as error:
+            raise DataError(f"{name}: cannot be preprocessed ({error}). Remove or replace it.") from error
+
+    def _array(self, picture: Image.Image) -> np.ndarray:
         if picture.mode.startswith("I;16"):  # convert("L") would clip 16-bit grey at 255
             picture = Image.fromarray((np.asarray(picture) >> 8).astype(np.uint8))
         if picture.has_transparency_data:
@@ -67,6 +94,23 @@ class Preprocessing(Section):
         return np.asarray(square.resize((self.size, self.size), method))
 
 
+def upright(picture: Image.Image) -> Image.Image:
+    """The picture turned as its EXIF orientation says; as it is where that cannot be read.
+
+    `ImageOps.exif_transpose` writes the EXIF anew, which fails where any of it is odd.
+    """
+    try:
+        method = TURNS.get(picture.getexif().get(ExifTags.Base.Orientation, 1))
+    except DAMAGE:
+        return picture
+    if method is None:
+        return picture
+    turned = picture.transpose(method)
+    for key in METADATA:  # or it would be turned again
+        turned.info.pop(key, None)
+    return turned
+
+
 def _on_paper(picture: Image.Image) -> Image.Image:
     """A transparent picture on white, or on black where its ink is white."""
     on_white = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
@@ -78,8 +122,11 @@ def _on_paper(picture: Image.Image) -> Image.Image:
 def _ink_high(grey: np.ndarray) -> np.ndarray:
     """Ink above paper at 0; the paper is told by the border, which a drawing seldom touches much."""
     paper = np.median(np.concatenate([grey[0], grey[-1], grey[:, 0], grey[:, -1]]))
-    ink = paper - grey if paper > 127 else grey - paper
-    return ink.clip(0, 255).astype(np.uint8)
+    if paper > 127:  # the median may lie half-way between two greys; uint8 throughout: a scan has millions of pixels
+        level = np.uint8(np.floor(paper))
+        return level - np.minimum(grey, level)
+    level = np.uint8(np.ceil(paper))
+    return np.maximum(grey, level) - level
 
 
 def _square_canvas(ink: np.ndarray) -> np.ndarray:
@@ -106,14 +153,16 @@ def decode_picture(source: str | Path | BinaryIO, *, name: str) -> Image.Image:
                     "Make it smaller."
                 )
             picture.load()
-            return picture.copy()
+            decoded = picture.copy()
+            decoded.info[NAME] = name
+            return decoded
     except FileNotFoundError:
         raise DataError(f"{name}: no such picture.") from None
     except UnidentifiedImageError:
         raise DataError(f"{name}: not a picture that can be read (PNG and JPEG are). Remove or convert it.") from None
     except Image.DecompressionBombError:  # Pillow's own limit, which is higher
         raise DataError(f"{name}: its {TOO_MANY_PIXELS}") from None
-    except (OSError, SyntaxError, ValueError, MemoryError, OverflowError) as error:
+    except DAMAGE as error:
         raise DataError(f"{name}: cannot be decoded ({error}). Remove or replace it.") from error
 
 

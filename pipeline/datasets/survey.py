@@ -192,10 +192,10 @@ def _pictures(
     for number, content in enumerate(part[:left]):
         try:
             picture = decode_picture(io.BytesIO(content), name="an encoded picture")  # type: ignore[arg-type]
+            images.append(preprocessing(picture))
         except DataError:
             continue  # what it is counted as stands in the manifest, or its reader will say so
         originals[Original(*picture.size, picture.mode, "")] += 1
-        images.append(preprocessing(picture))
         which.append(number)
     return np.stack(images) if images else np.empty((0, *manifest.shape), np.uint8), np.array(which, np.int64)
 

@@ -13,12 +13,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 
 from pipeline.datasets.image_folder import ImageFolder, class_folders, encoded_picture
 from pipeline.datasets.labels import check_names
 from pipeline.datasets.prepare import Progress, prepare
-from pipeline.datasets.preprocessing import Preprocessing, open_picture
+from pipeline.datasets.preprocessing import Preprocessing, _ink_high, open_picture
 from pipeline.datasets.source import Original
 from pipeline.errors import DataError
 from pipeline.tasks import shards
@@ -160,6 +160,10 @@ def test_support_folders_are_held_to_the_letter(bad: Path) -> None:
         class_folders(bad)
 
 
+def test_support_folders_that_differ_by_case_are_two_classes(tmp_path: Path) -> None:
+    assert list(class_folders(folders(tmp_path, "A", "a"))) == ["A", "a"]
+
+
 def test_mixed_modes_sizes_and_formats_become_one_shape(tmp_path: Path) -> None:
     root = tmp_path / "mine"
     for kind in ("a", "b"):
@@ -176,7 +180,9 @@ def test_mixed_modes_sizes_and_formats_become_one_shape(tmp_path: Path) -> None:
     picture(51).save(root / "b" / "x.gif")
     picture(52).save(root / "b" / "x.JPEG")
     manifest = prepared(root, tmp_path / "out")
-    assert manifest.num_examples == 12
+    assert manifest.num_examples == 11
+    assert reasons(manifest)["7.tiff"].startswith("grey of 32 bits")
+    assert "Convert it to 8 or 16 bit" in reasons(manifest)["7.tiff"]
     assert manifest.shape == (16, 16, 3)
     modes = ImageFolder(root, preprocessing=PHOTO).originals()
     assert sum(modes.values()) == 12
@@ -197,6 +203,88 @@ def test_encoded_pictures_stay_as_they_are_or_become_png(tmp_path: Path) -> None
     with Image.open(io.BytesIO(b[3])) as again:  # type: ignore[arg-type]
         assert again.format == "PNG"
         assert (PHOTO(again) == PHOTO(open_picture(root / "b" / "x.tiff"))).all()
+
+
+def with_exif(exif: Image.Exif, **settings: Any) -> bytes:
+    picture(1, 20, 24).save(stream := io.BytesIO(), exif=exif, **settings)
+    return stream.getvalue()
+
+
+@pytest.mark.parametrize("encoded", [False, True])
+def test_a_rotated_photo_with_odd_exif_is_turned(encoded: bool, tmp_path: Path) -> None:
+    """Pillow cannot write this EXIF anew: an entry says it is a number and holds text."""
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation], exif[ExifTags.Base.Make] = 6, "Camera"
+    content = bytearray(with_exif(exif, format="JPEG"))
+    entry = content.index(struct.pack(">HH", ExifTags.Base.Make, 2))
+    content[entry : entry + 4] = struct.pack(">HH", ExifTags.Base.XResolution, 2)
+    root = folders(tmp_path / "mine", "a", "b")
+    (root / "a" / "x.jpg").write_bytes(content)
+    with pytest.raises((struct.error, TypeError, AttributeError, ValueError)):
+        ImageOps.exif_transpose(open_picture(root / "a" / "x.jpg"))
+    manifest = prepared(root, tmp_path / "out", encoded=encoded)
+    assert manifest.num_examples == 7
+    turned = open_picture(root / "a" / "x.jpg").transpose(Image.Transpose.ROTATE_270)
+    turned.info.clear()
+    assert (PHOTO(open_picture(root / "a" / "x.jpg")) == PHOTO(turned)).all()
+
+
+def test_what_cannot_be_preprocessed_is_told_by_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = folders(tmp_path, "a", count=1)
+
+    def fails(*_: Any, **__: Any) -> None:
+        raise struct.error("odd")
+
+    monkeypatch.setattr(Image.Image, "resize", fails)
+    with pytest.raises(DataError, match=r"0\.png: cannot be preprocessed \(odd\)"):
+        PHOTO(open_picture(root / "a" / "0.png"))
+    with pytest.raises(DataError, match=r"0\.png: cannot be preprocessed \(odd\)"):
+        encoded_picture(root / "a" / "0.png", PHOTO)
+
+
+@pytest.mark.parametrize("mode", ["F", "I"])
+@pytest.mark.parametrize("encoded", [False, True])
+def test_grey_of_an_unknown_scale_is_refused(mode: str, encoded: bool, tmp_path: Path) -> None:
+    root = folders(tmp_path / "mine", "a", "b")
+    picture(1, mode="L").convert(mode).save(root / "a" / "x.tiff")
+    assert "8 or 16 bit grey" in reasons(prepared(root, tmp_path / "out", encoded=encoded))["x.tiff"]
+
+
+def test_a_phone_photo_of_several_frames_stays_a_turned_jpeg(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    file = tmp_path / "x.jpg"
+    file.write_bytes(with_exif(exif, format="MPO", save_all=True, quality=95, append_images=[picture(2)]))
+    content = encoded_picture(file, PHOTO)
+    assert content == file.read_bytes()
+    with Image.open(io.BytesIO(content)) as again:
+        assert again.format == "MPO"
+    grey = Preprocessing(kind="photo", size=16)
+    turned = picture(1, 20, 24).transpose(Image.Transpose.ROTATE_270)
+    assert abs(grey(open_picture(file)).astype(int) - grey(turned)).mean() < 5
+
+
+def test_a_rotated_tiff_becomes_an_upright_png(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    file = tmp_path / "x.tiff"
+    file.write_bytes(with_exif(exif, format="TIFF"))
+    with Image.open(io.BytesIO(encoded_picture(file, PHOTO))) as again:
+        assert again.size == (24, 20)
+        assert (PHOTO(again) == PHOTO(open_picture(file))).all()
+
+
+@settings(max_examples=60, deadline=None)
+@given(paper=st.integers(0, 255), other=st.integers(0, 255), seed=st.integers(0, 99))
+def test_ink_is_that_of_exact_arithmetic(paper: int, other: int, seed: int) -> None:
+    grey = np.random.default_rng(seed).integers(0, 256, (6, 6), dtype=np.uint8)
+    grey[0] = grey[:, 0] = paper
+    grey[-1] = grey[:, -1] = other
+    level = np.median(np.concatenate([grey[0], grey[-1], grey[:, 0], grey[:, -1]]))
+    ink = (level - grey if level > 127 else grey - level).clip(0, 255).astype(np.uint8)
+    found = _ink_high(grey)
+    assert found.dtype == np.uint8
+    assert (found == ink).all()
 
 
 # --- names
@@ -247,6 +335,13 @@ FILES: dict[str, bytes] = {}
 for _format in ("PNG", "JPEG", "WEBP"):
     picture(1).save(_stream := io.BytesIO(), _format)
     FILES[_format] = _stream.getvalue()
+_exif = Image.Exif()
+_exif[ExifTags.Base.Orientation] = 6
+_exif[ExifTags.Base.Make] = "Camera"
+_exif[ExifTags.Base.XResolution] = 72.0
+_exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.ExposureTime] = 0.01
+picture(1).save(_stream := io.BytesIO(), "JPEG", exif=_exif)
+FILES["rotated"] = _stream.getvalue()
 
 
 @pytest.mark.filterwarnings("ignore")  # Pillow's, about odd metadata
@@ -257,7 +352,9 @@ def test_any_damage_to_any_picture_leaves_a_whole_data_set(
 ) -> None:
     content = bytearray(FILES[format])
     for _ in range(data.draw(st.integers(1, 4))):
-        content[data.draw(st.integers(0, len(content) - 1))] = data.draw(st.integers(0, 255))
+        # the EXIF of a JPEG is in its first bytes
+        last = data.draw(st.sampled_from([250, len(content)]))
+        content[data.draw(st.integers(0, min(last, len(content)) - 1))] = data.draw(st.integers(0, 255))
     root = tmp_path_factory.mktemp("damaged")
     folders(root / "mine", "a", "b", count=1)
     file = root / "mine" / "a" / "x.png"
@@ -266,7 +363,7 @@ def test_any_damage_to_any_picture_leaves_a_whole_data_set(
     problems = manifest.source.get("problems", {"count": 0})["count"]
     assert manifest.num_examples + problems == 3
     try:
-        encoded_picture(file)
+        encoded_picture(file, PHOTO)
     except DataError:
         assert problems == 1
     else:

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from rich.console import Console
 from typer.testing import CliRunner
 
 from jobs import adapt, console, data
+from pipeline.datasets.tables.scanning import MISSING
 from pipeline.errors import DataError
 from pipeline.learner import Learner, write_model
+from pipeline.shown import table_rows
 from pipeline.shown_files import read_queries, read_support
+from pipeline.tasks.shards.manifest import Column
+from pipeline.tasks.tables import TableEncoding
 from tests.contract.entries import Case, card, raw
 
 
@@ -36,6 +43,18 @@ def cells(case: Case, examples: Any) -> list[str]:
     return [f"{a!r},{'' if np.isnan(b) else repr(b)},{colours[int(c)]}" for a, b, c in examples.tolist()]
 
 
+@pytest.mark.parametrize("value", [*MISSING, " ? "])
+def test_what_preparing_takes_as_missing_is_missing(value: str) -> None:
+    encoding = TableEncoding(
+        columns=[Column(name="width"), Column(name="colour", kind="categorical", categories=["red"])],
+        normalize="none",
+        prior_examples=0,
+        mean=[0.0],
+        variance=[1.0],
+    )
+    assert table_rows([{"width": value, "colour": value}], encoding, torch.float32, "query_x").isnan().all()
+
+
 def test_metapipe_adapt_reads_csv_files(case: Case, tmp_path: Path) -> None:
     write_model(tmp_path / "model", card(case), case.state)
     support, query = raw(case)
@@ -56,6 +75,22 @@ def test_metapipe_adapt_reads_csv_files(case: Case, tmp_path: Path) -> None:
         assert [p["text"] for p in found["predictions"]] == query
     else:
         assert [p["row"] for p in found["predictions"]] == list(range(1, len(query) + 1))
+
+
+@pytest.mark.parametrize("classes", [8, 30])
+def test_the_table_of_many_classes_shows_the_best(classes: int) -> None:
+    probabilities = np.full((1, classes), 0.001)
+    probabilities[0, [3, 5, 7]] = 0.2, 0.6, 0.1
+    stream = io.StringIO()
+    table = adapt._table("m", "picture", ["x.png"], [f"k{i}" for i in range(classes)], probabilities)
+    Console(file=stream, width=80).print(table)
+    line = next(line for line in stream.getvalue().splitlines() if "x.png" in line)
+    cells = [cell.strip() for cell in line.split("│")[1:-1]]
+    if classes == 30:
+        assert cells == ["x.png", "k5", "0.600", "k3 0.200", "k7 0.100"]
+    else:
+        assert cells[1] == "k5"
+        assert len(cells) == 10
 
 
 def test_metapipe_data_show_tells_episodes(case: Case, tiny_sets: dict[str, Path]) -> None:
