@@ -86,7 +86,10 @@ def prepare(
         return
     directory = getattr(options, "directory", None)
     shards.check_free(out, overwrite=overwrite, source=directory)
-    source = Chosen(options.open(seed=seed), lists=class_lists, shares=_shares(shares), all_test=all_test)
+    raw = options.open(seed=seed)
+    source = Chosen(raw, lists=class_lists, shares=_shares(shares), all_test=all_test)
+    if source_name == "images":
+        _hint_at_photos(raw)
     with Progress(*COLUMNS, console=console.err, transient=True) as bar:
         task = bar.add_task(f"reading {source_name}", total=None)
 
@@ -127,6 +130,12 @@ def write_card(
             originals=originals,
             progress=lambda classes: bar.update(task, completed=classes),
         )
+
+
+def _hint_at_photos(raw: Any) -> None:
+    """A line on stderr where pictures in colour are about to become grey ink, as is right for drawings alone."""
+    if raw.preprocessing.kind == "drawing" and raw.in_colour():
+        console.say("Most pictures are in colour, and kind drawing makes grey ink of them. Photos: --kind photo.")
 
 
 def _command() -> str:

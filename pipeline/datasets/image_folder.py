@@ -17,11 +17,21 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 from PIL import Image
 from pydantic import Field
 
 from pipeline.datasets.labels import BOTH_KEPT, check_names
-from pipeline.datasets.preprocessing import IMAGE_SUFFIXES, Preprocessing, open_picture, pictures_in, readable, upright
+from pipeline.datasets.preprocessing import (
+    DAMAGE,
+    FORMATS,
+    IMAGE_SUFFIXES,
+    Preprocessing,
+    open_picture,
+    pictures_in,
+    readable,
+    upright,
+)
 from pipeline.datasets.source import Examples, Original, Problem, RawClass, Source
 from pipeline.datasets.sources import FolderOptions
 from pipeline.datasets.splits import group_split, random_split
@@ -33,6 +43,9 @@ ENCODED = ("PNG", "JPEG", "MPO", "WEBP")  # kept as they are where pictures stay
 MAX_ENCODED_BYTES = 32 << 20
 OTHER_SUFFIXES = (".heic", ".heif", ".avif", ".jxl", ".jp2", ".svg", ".psd", ".cr2", ".nef", ".dng", ".eps", ".ppm")
 LOOKED_AT = 20  # pictures of each class whose size and mode are counted
+
+
+COLOURED = 16  # mean difference of a coloured picture's channels, of 255; yellowed paper has less
 
 
 class ImageFolderOptions(FolderOptions):
@@ -105,6 +118,23 @@ class ImageFolder(Source):
                 except (DataError, OSError, SyntaxError, ValueError, Image.DecompressionBombError):
                     continue  # counted as a problem when it is read
         return found
+
+    def in_colour(self) -> bool:
+        """Whether most are coloured: by the first picture of each of the first classes. Many scans are RGB and grey."""
+        votes = []
+        for folder in itertools.islice(self._classes.values(), LOOKED_AT):
+            for path in pictures_in(folder)[:1]:
+                try:
+                    _check_file(path)
+                    with Image.open(path, formats=FORMATS) as header:
+                        coloured = header.mode in ("RGB", "RGBA", "P", "CMYK", "YCbCr")
+                    if coloured:
+                        small = _open(path).convert("RGB").resize((32, 32), Image.Resampling.BOX)
+                        coloured = float(np.ptp(np.asarray(small).astype(int), axis=-1).mean()) > COLOURED
+                    votes.append(coloured)
+                except (DataError, *DAMAGE, Image.DecompressionBombError):
+                    continue
+        return 2 * sum(votes) > len(votes)
 
 
 def class_folders(source: Path) -> dict[str, Path]:

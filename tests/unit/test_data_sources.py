@@ -49,6 +49,22 @@ def test_a_source_that_is_none_and_options_that_are_wrong() -> None:
         sources.read_options("images", {"size": 5000})
 
 
+@pytest.mark.parametrize("colour", [True, False])
+@pytest.mark.parametrize("kind", ["drawing", "photo"])
+def test_colour_photos_as_drawings_are_hinted_at(colour: bool, kind: str, tmp_path: Path) -> None:
+    folder = picture_folders(tmp_path / "mine")
+    if not colour:  # a scan: RGB, and grey
+        for file in folder.rglob("*.png"):
+            Image.open(file).convert("L").convert("RGB").save(file)
+    else:
+        for number, file in enumerate(folder.rglob("*.png")):
+            Image.new("RGB", (20, 24), (200, 40, 10 * number)).save(file)
+    answer = run("images", folder, "--kind", kind, "--out", tmp_path / "out", "--no-card", "--json")
+    assert answer.exit_code == 0, answer.output
+    hints = [line for line in answer.stderr.splitlines() if "--kind photo" in line]
+    assert len(hints) == (colour and kind == "drawing")
+
+
 def test_the_folder_is_an_argument_or_an_option_but_not_two_places(tmp_path: Path) -> None:
     folder = picture_folders(tmp_path / "mine")
     for number, place in enumerate(([folder], ["--source", folder])):
