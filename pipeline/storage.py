@@ -184,10 +184,7 @@ def location(address: str | Location) -> Location:
     """The place at an address. Raises ConfigError: an unknown scheme, or more in it than a bucket and a key."""
     if not isinstance(address, str):
         return address
-    try:
-        _address(address)
-    except ValueError as error:
-        raise ConfigError(f"{address}: {error}.") from None
+    _checked(address, _address)
     return ObjectPath(address) if "://" in address else Path(address)
 
 
@@ -195,11 +192,16 @@ def readable(address: str | Readable) -> Readable:
     """The place at an address that is only read. Raises ConfigError: see `location`."""
     if not isinstance(address, str):
         return address
+    _checked(address, _address_to_read)
+    return HttpPath(address) if address.startswith(("http://", "https://")) else location(address)
+
+
+def _checked(address: str, check: Callable[[str], object]) -> None:
+    """Raises ConfigError: what `check` finds wrong with it."""
     try:
-        _address_to_read(address)
+        check(address)
     except ValueError as error:
         raise ConfigError(f"{address}: {error}.") from None
-    return HttpPath(address) if address.startswith(("http://", "https://")) else location(address)
 
 
 def absolute(address: str) -> str:

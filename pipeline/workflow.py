@@ -442,7 +442,7 @@ class _Prepared(NamedTuple):
 def _prepared(learner: Learner, exp: Experiment, task: Any, part: Split, *, report: bool) -> _Prepared:
     """Raises ConfigError and DataError as `evaluate_model` does."""
     digest = task.verify()
-    family: TaskFamily = task.build(device=launch.default_device(), dtype=learner.dtype)
+    family = _built(learner, task)
     if report:
         class_report.check(family)
     ways = family.description.get("n_way") or 0
@@ -451,8 +451,6 @@ def _prepared(learner: Learner, exp: Experiment, task: Any, part: Split, *, repo
             f"--n-way {ways}: {learner.card.name} was trained for {learner.card.num_outputs}-way tasks, and its head "
             "has that many outputs. Give fewer, or train with a larger task.n_way."
         )
-    if isinstance(family, TabularTasks) and isinstance(learner.card.preprocessing, TableEncoding):
-        family.use(learner.card.preprocessing)
     if list(family.input_shape) != learner.card.input_shape:
         raise ConfigError(
             f"{task.data}: its {family.inputs} are {list(family.input_shape)}, {learner.card.name} takes "
@@ -463,6 +461,14 @@ def _prepared(learner: Learner, exp: Experiment, task: Any, part: Split, *, repo
     if isinstance(family, ClassTasks) and part != "meta_train":
         _check_unseen(learner, family, part)
     return _Prepared(exp, task, part, digest, family)
+
+
+def _built(learner: Learner, task: Any) -> TaskFamily:
+    """The family of a section, whose tables are encoded as the learner knows them. Raises DataError."""
+    family: TaskFamily = task.build(device=launch.default_device(), dtype=learner.dtype)
+    if isinstance(family, TabularTasks) and isinstance(learner.card.preprocessing, TableEncoding):
+        family.use(learner.card.preprocessing)
+    return family
 
 
 def _check_alike(learner: Learner, family: ImageTasks) -> None:
@@ -489,9 +495,7 @@ def _evaluated(
     """report: a folder for which classes are hard and which are confused (see `class_report`)."""
     exp, task, part, digest, family = prepared
     device = launch.default_device()
-    family = family or task.build(device=device, dtype=learner.dtype)
-    if isinstance(family, TabularTasks) and isinstance(learner.card.preprocessing, TableEncoding):
-        family.use(learner.card.preprocessing)
+    family = family or _built(learner, task)
     chunk = experiments.task_chunk(exp, Components(family, learner.model, learner.algorithm), device)
 
     def run(state: MetaState, *, keep_predictions: bool = False) -> Evaluation:

@@ -32,7 +32,7 @@ from pipeline import keys
 from pipeline.config import Section
 from pipeline.tasks.ahead import StepsAhead
 from pipeline.tasks.objectives import Regression
-from pipeline.tasks.shapes import OneShape
+from pipeline.tasks.points import PointTasks
 from pipeline.types import SPLITS, Inputs, Split, TaskBatch
 
 _PARAMETERS, _POINTS, _NOISE = 0, 1, 2  # streams of one task's key
@@ -145,7 +145,7 @@ class _Drawn(NamedTuple):
     keys: Tensor  # int64 [T], the episodes' own
 
 
-class RegressionTasks(OneShape):
+class RegressionTasks(PointTasks):
     """Task family: validation draws from meta-training's distribution, meta-test from its own where that is given."""
 
     objective = Regression()
@@ -171,11 +171,6 @@ class RegressionTasks(OneShape):
         counts = self._function.counts(config)
         self._counts = {name: counts.get(name, 1) for name in self._function.ranges if name != INPUT}
         self._drawn = StepsAhead(self._draw, device)
-
-    def _sizes(self, split: Split) -> tuple[int, int]:
-        """Support and query points of a task."""
-        config = self.config
-        return (config.k_shot, config.n_query) if split == "meta_train" else (config.eval_k_shot, config.eval_n_query)
 
     def _draw(self, split: Split, seed: int, steps: Tensor, slots: Tensor) -> _Drawn:
         key = keys.of_episodes(seed, SPLITS.index(split), steps, slots)

@@ -18,7 +18,7 @@ from pipeline import keys
 from pipeline.config import Section
 from pipeline.tasks.ahead import StepsAhead
 from pipeline.tasks.objectives import Regression
-from pipeline.tasks.shapes import OneShape
+from pipeline.tasks.points import PointTasks
 from pipeline.types import SPLITS, Inputs, Split, TaskBatch
 
 AMPLITUDE = (0.1, 5.0)
@@ -50,7 +50,7 @@ class _Drawn(NamedTuple):
     keys: Tensor  # int64 [T], the episodes' own
 
 
-class SinusoidTasks(OneShape):
+class SinusoidTasks(PointTasks):
     """Task family: the splits are independent draws of one distribution, as in the paper."""
 
     objective = Regression()
@@ -67,11 +67,6 @@ class SinusoidTasks(OneShape):
         self.device = device
         self.dtype = dtype
         self._drawn = StepsAhead(self._draw, device)
-
-    def _sizes(self, split: Split) -> tuple[int, int]:
-        """Support and query points of a task."""
-        config = self.config
-        return (config.k_shot, config.n_query) if split == "meta_train" else (config.eval_k_shot, config.eval_n_query)
 
     def _draw(self, split: Split, seed: int, steps: Tensor, slots: Tensor) -> _Drawn:
         key = keys.of_episodes(seed, SPLITS.index(split), steps, slots)
