@@ -5,13 +5,12 @@ Proxies, certificates and logins come from where `requests` looks for them: HTTP
 
 from __future__ import annotations
 
-import io
 import re
 import threading
 from collections.abc import Mapping
-from types import TracebackType
 
 from pipeline.attempts import ATTEMPTS, repeated
+from pipeline.ranged_file import RangedFile
 
 SCHEMES = ("http", "https")
 CONNECT_SECONDS = 5.0
@@ -86,11 +85,10 @@ class HttpPath:
         return HttpFile(self.address)
 
 
-class HttpFile(io.RawIOBase):
+class HttpFile(RangedFile):
     """A file on a web server, each read of which is one request. It must stay as it was when it was opened."""
 
     def __init__(self, address: str) -> None:
-        super().__init__()
         self._address = address
         self._first = _Part.of(address, 0, 1)
         if not self._first.by_range:
@@ -98,39 +96,12 @@ class HttpFile(io.RawIOBase):
                 f"{address}: the server does not answer requests for a range of bytes, which shards are read by. Serve "
                 "the folder with one that does (nginx, Caddy, Apache, an object store)"
             )
-        self._position = 0
+        super().__init__(self._first.total)
 
-    def __enter__(self) -> HttpFile:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
-
-    def readable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def tell(self) -> int:
-        return self._position
-
-    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        start = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._first.total}[whence]
-        self._position = max(start + offset, 0)
-        return self._position
-
-    def read(self, size: int = -1) -> bytes:
-        left = max(self._first.total - self._position, 0)
-        size = left if size is None or size < 0 else min(size, left)
-        if size == 0:
-            return b""
-        part = _Part.of(self._address, self._position, size)
+    def _range(self, start: int, size: int) -> bytes:
+        part = _Part.of(self._address, start, size)
         if (part.total, part.version) != (self._first.total, self._first.version):
             raise _Refused(f"{self._address}: was changed while it is being read")
-        self._position += size
         return part.content
 
 

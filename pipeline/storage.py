@@ -19,7 +19,6 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, TypeAlias, TypeVar
 
-import pyarrow as pa
 import pyarrow.fs as pafs
 from pydantic import BeforeValidator
 
@@ -28,6 +27,7 @@ from pipeline.attempts import repeated
 from pipeline.errors import ConfigError
 from pipeline.files import sync, write_atomically
 from pipeline.http_path import HttpPath
+from pipeline.ranged_file import RangedFile
 
 SCHEMES = ("s3", "gs")
 STORE_ATTEMPTS = 10  # of the store's own client for one request that failed in a way that may pass; ours are around it
@@ -164,9 +164,9 @@ class ObjectPath:
 
         self._ask(delete)
 
-    def open_input(self) -> pa.NativeFile:
+    def open_input(self) -> ObjectFile:
         """For random access, by pyarrow."""
-        return self._ask(lambda store: store.open_input_file(self.key))
+        return ObjectFile(self)
 
     def _kind(self) -> pafs.FileType:
         return self._ask(lambda store: store.get_file_info(self.key)).type
@@ -174,6 +174,27 @@ class ObjectPath:
     def _ask(self, request: Callable[[pafs.FileSystem], Result]) -> Result:
         """Every request here may be made twice, so one that failed in a way that may pass is made again."""
         return repeated(lambda: request(_store(self.scheme, self.key.split("/", 1)[0])), is_final=_is_final)
+
+
+class ObjectFile(RangedFile):
+    """An object, each read of which is one request.
+
+    The store's own client gives up where a refusal ("slow down") is longer than the bytes that were asked for.
+    """
+
+    def __init__(self, place: ObjectPath) -> None:
+        self._place = place
+        self._file = place._ask(lambda store: store.open_input_file(place.key))
+        super().__init__(self._file.size())
+
+    def _range(self, start: int, size: int) -> bytes:
+        def read(_: pafs.FileSystem) -> bytes:
+            content = self._file.read_at(size, start)
+            if len(content) != size:
+                raise OSError(f"{self._place}: the store sent {len(content)} bytes of {size} that were asked for")
+            return bytes(content)
+
+        return self._place._ask(read)
 
 
 Location: TypeAlias = Path | ObjectPath

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from pipeline import storage
 from tests.servers import process
 
-# Every other failure answers 503 before the request was carried out; the rest carry it out and lose the answer.
+# A failure answers 503 before the request was carried out, or carries it out and loses the answer, or half of it.
 SERVER = """
 import itertools, random, sys
 from pathlib import Path
@@ -22,19 +22,24 @@ from werkzeug.serving import WSGIRequestHandler, make_server
 
 control, log = Path(sys.argv[1]), open(sys.argv[2], "a", buffering=1)
 backend = DomainDispatcherApplication(create_backend_app)
-chance, kinds = random.Random(0), itertools.cycle(["refused", "lost"])
+chance, kinds = random.Random(0), itertools.cycle(["refused", "lost", "half"])
 
 def application(environ, start_response):
     rate = float(control.read_text() or 0)
     if chance.random() >= rate:
         log.write("served\\n")
-        return backend(environ, start_response)
+        yield from backend(environ, start_response)
+        return
     kind = next(kinds)
     log.write(kind + "\\n")
     if kind == "refused":
         start_response("503 Slow Down", [("Content-Type", "application/xml")])
-        return [b"<Error><Code>SlowDown</Code><Message>Reduce your request rate.</Message></Error>"]
-    b"".join(backend(environ, lambda *_: None))
+        yield b"<Error><Code>SlowDown</Code><Message>Reduce your request rate.</Message></Error>"
+        return
+    begin = start_response if kind == "half" else lambda *_: None
+    content = b"".join(backend(environ, begin))
+    if kind == "half":
+        yield content[: len(content) // 2]
     environ["werkzeug.socket"].shutdown(2)
     raise ConnectionAbortedError
 
@@ -74,7 +79,7 @@ class S3(NamedTuple):
         self.control.write_text(str(rate))
 
     def count(self, kind: str) -> int:
-        """Requests so far that were served, refused, or carried out with their answer lost."""
+        """Requests so far that were served, refused, or carried out with their answer or the half of it lost."""
         return self.log.read_text().splitlines().count(kind)
 
 

@@ -21,6 +21,7 @@ ROOTS = {
     "pipeline.files",
     "pipeline.http_path",
     "pipeline.keys",
+    "pipeline.ranged_file",
     "pipeline.storage",
 }
 
