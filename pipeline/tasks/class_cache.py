@@ -7,6 +7,7 @@ error is somebody's: the step's that needs it.
 
 from __future__ import annotations
 
+import math
 import mmap
 import threading
 import time
@@ -178,8 +179,8 @@ class ClassCache:
             return None
 
 
-def private_array(shape: tuple[int, ...]) -> np.ndarray:
-    """uint8, in pages of its own: they go back to the system with the array, so that no heap is left in pieces."""
-    size = int(np.prod(shape))
-    pages = mmap.mmap(-1, max(size, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    return np.frombuffer(pages, dtype=np.uint8, count=size).reshape(shape)
+def private_array(shape: tuple[int, ...], dtype: np.typing.DTypeLike = np.uint8) -> np.ndarray:
+    """In pages of its own: they go back to the system with the array, so that no heap is left in pieces."""
+    count = math.prod(shape)
+    pages = mmap.mmap(-1, max(count * np.dtype(dtype).itemsize, 1), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return np.frombuffer(pages, dtype=dtype, count=count).reshape(shape)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+from typing import Any
 
 import numpy as np
 
@@ -18,66 +19,41 @@ from pipeline.config import validate
 from pipeline.datasets.preprocessing import Preprocessing, decode_picture
 from pipeline.errors import ConfigError, DataError
 from pipeline.tasks import shards
-from pipeline.tasks.class_cache import private_array
+from pipeline.tasks.class_arrays import ClassArrays
 from pipeline.tasks.decoded_cache import DecodedCache
-from pipeline.tasks.shards.examples import ExamplesDigest
 
 DECODING = 1  # raised where the same file becomes other pixels
 
 
-class ClassImages:
-    """Images by class number; threads read at the same time. decoded: where decoded classes are kept; None: nowhere."""
+class ClassImages(ClassArrays):
+    """Images uint8 [count, H, W, C]. decoded: where decoded classes are kept; None: nowhere."""
 
     def __init__(self, folder: str, manifest: shards.Manifest, decoded: DecodedCache | None = None) -> None:
         """Raises DataError: picture files without the preprocessing that makes them images of one size."""
-        self.manifest = manifest
-        self._reader = shards.ShardReader(folder, manifest, keep=False)
+        super().__init__(folder, manifest, shape=manifest.shape, dtype="uint8", convert=np.asarray)
         self._decoded = decoded
         self._preprocessing: Preprocessing | None = None
         if manifest.modality == "encoded_image":
             self._preprocessing = _preprocessing(folder, manifest)
 
-    def nbytes(self, number: int) -> int:
-        return self.manifest.classes[number].count * self.manifest.image_bytes
-
     def read(self, number: int) -> np.ndarray:
-        """uint8 [count, H, W, C]. Raises DataError: names the shard that cannot be read, or is not the manifest's."""
-        shape = (self.manifest.classes[number].count, *self.manifest.shape)
-        if self._preprocessing is None:
-            images = private_array(shape)
-            self._fill(number, images)
-            return images
+        """See `ClassArrays.read`. Raises DataError also where a picture is none."""
+        if self._preprocessing is None or self._decoded is None:
+            return super().read(number)
         key = self._key(number)
-        kept = self._decoded.get(key, shape) if self._decoded else None
-        if kept is not None:
-            return kept
-        images = private_array(shape)
-        self._fill(number, images)
-        if self._decoded:
+        images = self._decoded.get(key, (self.manifest.classes[number].count, *self.shape))
+        if images is None:
+            images = super().read(number)
             self._decoded.put(key, images)
         return images
 
-    def _fill(self, number: int, images: np.ndarray) -> None:
-        digest, start = ExamplesDigest(), 0
-        for part in self._reader.parts(number):
-            digest.update(part)
-            for place, example in enumerate(part, start):
-                images[place] = example if self._preprocessing is None else self._decode(number, place, example)
-            start += len(part)
-        if digest.hexdigest() != self.manifest.classes[number].sha256:
-            raise DataError(
-                f"{self._place(number)}: differs from the manifest's sha256. Restore these files, or prepare the data "
-                "set again."
-            )
-
-    def _decode(self, number: int, place: int, file: bytes) -> np.ndarray:
-        assert self._preprocessing is not None
-        return self._preprocessing(decode_picture(io.BytesIO(file), name=f"{self._place(number)}, example {place}"))
-
-    def _place(self, number: int) -> str:
-        entry = self.manifest.classes[number]
-        files = dict.fromkeys(self.manifest.shards[group.shard].file for group in entry.row_groups)
-        return f"{self._reader.folder}: class {entry.name} in {', '.join(files)}"
+    def _put(self, number: int, first: int, examples: Any, rows: np.ndarray) -> None:
+        if self._preprocessing is None:
+            super()._put(number, first, examples, rows)
+            return
+        for place, file in enumerate(examples):
+            name = f"{self._place(number)}, example {first + place}"
+            rows[place] = self._preprocessing(decode_picture(io.BytesIO(file), name=name))
 
     def _key(self, number: int) -> str:
         """Of the files of a class, in order, and of how they are decoded."""

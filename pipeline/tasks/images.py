@@ -10,7 +10,6 @@ Shapes: T tasks · W n_way · S support · Q query examples · C H W of one imag
 
 from __future__ import annotations
 
-import weakref
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -21,18 +20,17 @@ from pydantic import Field, field_validator
 from torch import Tensor
 
 from pipeline.errors import DataError
-from pipeline.storage import absolute, readable
+from pipeline.storage import absolute
 from pipeline.tasks import shards
 from pipeline.tasks.augmentation import AugmentationConfig
-from pipeline.tasks.cached_images import CachedImages
+from pipeline.tasks.cached_rows import CachedRows
 from pipeline.tasks.class_cache import READERS
 from pipeline.tasks.class_images import ClassImages
 from pipeline.tasks.classes import ClassTasks, ClassTasksConfig
 from pipeline.tasks.decoded_cache import DecodedCache, default_folder
 from pipeline.tasks.sampler import EpisodeIndices
 from pipeline.tasks.shapes import UnequalEpisodes
-from pipeline.tasks.windows import WindowConfig, Windows
-from pipeline.types import SPLITS, Inputs, Split, TaskBatch
+from pipeline.types import Inputs, Split
 
 
 class ImagesConfig(ClassTasksConfig):
@@ -42,10 +40,6 @@ class ImagesConfig(ClassTasksConfig):
     rotations: Literal["none", "new_classes", "per_class"] = "none"
     # new_classes: each quarter turn of a meta-training class is a class of its own (ProtoNet, MANN);
     # per_class: the turn is drawn per class and task, so one episode never holds two turns of a class (MAML)
-    window: WindowConfig | None = None
-    # {classes: N, steps: M}: M outer steps draw from N classes, the next M from others. For sets larger than memory
-    cache_mb: int = Field(default=1024, ge=1)
-    # of whole classes in memory, per worker: with `window`, or where a set larger than memory_limit_mb is not mapped
     decoded_cache: str | None = None
     # folder on each machine for decoded picture files; None: metapipe/decoded in the user's cache folder
     decoded_cache_mb: int = Field(default=20_000, ge=0)  # of files in it, oldest first out; 0: none are kept
@@ -66,15 +60,6 @@ class ImagesConfig(ClassTasksConfig):
         kept = self.decoded_cache and absolute(self.decoded_cache)
         return super().absolute().model_copy(update={"decoded_cache": kept})
 
-    def verify(self) -> str:
-        """See `ClassTasksConfig.verify`. With a window a class is checked when it is read: here the sizes are."""
-        if self.window is None:
-            return super().verify()
-        manifest = shards.verify(self.data, sizes_only=True)
-        for split in self.parts:
-            self.check_size(manifest, split)
-        return manifest.digest
-
 
 class ImageTasks(ClassTasks):
     """Task family: x are images [C, H, W] in 0…1."""
@@ -92,39 +77,16 @@ class ImageTasks(ClassTasks):
         if channels == 1 and config.augmentation and (config.augmentation.hue or config.augmentation.saturation):
             raise DataError(f"{config.data}: task.augmentation.hue and saturation are of RGB images, these are grey.")
         self.input_shape = (channels, height, width)
-        self._windows: Windows | None = None
-        if config.window is not None:
-            self._windows = Windows(config.window, {split: len(self._members[split]) for split in SPLITS})
-            self._check_window()
-            if self._windows.applies("meta_test"):
-                self.description["window"] = config.window.model_dump(mode="json")
-        self._expected: tuple[int, int] | None = None
         self._images = self._store()
 
-    def _place_examples(self) -> None:
-        total = self.manifest.num_examples * self.manifest.image_bytes
-        self.prefetch = total > self.config.memory_limit_mb << 20
-
-    def _check_window(self) -> None:
-        """Raises DataError: too few classes for an episode, or too many for the cache."""
-        assert self.config.window is not None
-        number, data = self.config.window.classes, self.config.data
-        n_way = max(self.config.episode(split)[0] for split in SPLITS)
-        if number < n_way:
-            raise DataError(f"{data}: task.window.classes={number} is too few for {n_way}-way episodes. Raise it.")
-        counts = sorted((entry.count for entry in self.entries("meta_train")), reverse=True)
-        need = sum(counts[: 2 * number]) * self.manifest.image_bytes
-        if self.prefetch and need > self.config.cache_mb << 20:
-            raise DataError(
-                f"{data}: two windows of task.window.classes={number} classes take up to {-(-need >> 20)} MB, and "
-                f"task.cache_mb={self.config.cache_mb} holds fewer. Raise cache_mb, or lower window.classes."
-            )
+    def _example_bytes(self) -> int:
+        return self.manifest.image_bytes
 
     def _store(self) -> ImageStore:
         config, encoded = self.config, self.manifest.modality == "encoded_image"
         if not self.prefetch and not encoded:
             return DeviceImages.of_shards(config.data, self.manifest, self.device)
-        if self.prefetch and not encoded and self._windows is None and isinstance(readable(config.data), Path):
+        if self._mapped and not encoded:
             return MappedImages(config.data, self.manifest, self.device)
         decoded = None
         if encoded and config.decoded_cache_mb:
@@ -133,39 +95,7 @@ class ImageTasks(ClassTasks):
         images = ClassImages(config.data, self.manifest, decoded)
         if not self.prefetch:
             return DeviceImages.of_classes(images, self.device)
-        cached = CachedImages(images, self.device, capacity=config.cache_mb << 20)
-        weakref.finalize(self, cached.close)  # its threads hold the images, and not the family
-        return cached
-
-    def sample(self, split: Split, step: int, slots: Tensor, *, seed: int, weights: Tensor | None = None) -> TaskBatch:
-        """See `ClassTasks.sample`. With windows, those of this step and the next ones are read in the background."""
-        if split == "meta_train":
-            self._expect_windows(step, seed)
-        return super().sample(split, step, slots, seed=seed, weights=weights)
-
-    def _expect_windows(self, step: int, seed: int) -> None:
-        """Have this step's window and the next one read: whole, whatever this worker's slots need of them.
-
-        That is nearly all: of 24 classes 2 slots of 5-way episodes meet 99 % in 10 steps, 4 slots every one.
-        """
-        if self._windows is None or not isinstance(self._images, CachedImages):
-            return
-        number = step // self._windows.config.steps
-        if self._expected == (seed, number):
-            return
-        members = self._members["meta_train"]
-        if self._windows.applies("meta_train"):
-            two = [self._windows.classes(seed, "meta_train", each) for each in (number, number + 1)]
-            members = members[torch.cat(two)]
-        self._images.expect(members.tolist())
-        self._expected = seed, number
-
-    def _candidates(self, split: Split, seed: int, steps: int | Tensor, slots: Tensor) -> Tensor | None:
-        if self._windows is None or not self._windows.applies(split):
-            return None
-        classes = self._windows.candidates(seed, split, self._windows.numbers(split, steps, slots)).to(self._drawn_on)
-        every = len(self._members[split])
-        return torch.cat([classes + copy * every for copy in range(self._copies(split))], dim=-1)
+        return self._cached(CachedImages(images, self.device, capacity=config.cache_mb << 20))
 
     @property
     def preprocessing(self) -> dict[str, Any]:
@@ -270,3 +200,10 @@ class MappedImages:
             self._reader.read_class(int(class_id), rows[position], out=images[position])
         tensor = torch.from_numpy(images).to(self._device, non_blocking=True)
         return tensor.movedim(-1, 3).contiguous()
+
+
+class CachedImages(CachedRows):
+    """Images gathered from whole classes that are read ahead."""
+
+    def gather(self, classes: Tensor, examples: Tensor) -> Tensor:
+        return super().gather(classes, examples).movedim(-1, 3).contiguous()

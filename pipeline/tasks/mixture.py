@@ -23,6 +23,7 @@ from torch import Tensor
 from pipeline import keys
 from pipeline.config import Section, one_of
 from pipeline.errors import ConfigError
+from pipeline.tasks.classes import ClassTasks
 from pipeline.tasks.images import ImagesConfig
 from pipeline.tasks.regression import RegressionConfig
 from pipeline.tasks.sinusoid import SinusoidConfig
@@ -128,6 +129,9 @@ class MixtureTasks:
     def sample(self, split: Split, step: int, slots: Tensor, *, seed: int, weights: Tensor | None = None) -> TaskBatch:
         assert weights is None, "classes of a mixture are not weighted"
         if split == "meta_train":
+            for family in self.families:
+                if isinstance(family, ClassTasks):  # windows go on while other sets are drawn
+                    family.expect(step, seed=seed)
             return self._sampled(self.drawn(seed, step), split, step, slots, seed=seed)
         batches, places = [], []
         for number in range(len(self.sets)):

@@ -5,17 +5,12 @@ Shapes: T tasks · W n_way · E examples of a class.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
-
 import numpy as np
 import torch
 from torch import Tensor
 
 from pipeline.tasks import shards
-
-Convert = Callable[[Any], np.ndarray]
-"""Examples of a class as its reader gives them -> an array [examples, ...]."""
+from pipeline.tasks.class_arrays import Convert
 
 
 class DeviceRows:

@@ -15,14 +15,14 @@ from torch import Tensor
 
 from pipeline.errors import DataError
 from pipeline.tasks import shards
-from pipeline.tasks.classes import ClassTasks, ClassTasksConfig, Store
-from pipeline.tasks.rows import DeviceRows, MappedRows
+from pipeline.tasks.classes import ClassTasks, ClassTasksConfig
 from pipeline.tasks.sampler import EpisodeIndices
 from pipeline.tasks.shapes import UnequalEpisodes
 from pipeline.tasks.tables import Normalize, TableEncoding
 from pipeline.types import Inputs, Split
 
 ROWS_PER_CLASS = 256  # first ones of each class of meta-training, which its statistics are of
+MOST_CLASSES = 256  # of them; of more, as many from all over the list: a set of any size is begun with at once
 
 
 class TabularTasksConfig(ClassTasksConfig):
@@ -48,25 +48,25 @@ class TabularTasks(ClassTasks):
 
     def __init__(self, config: TabularTasksConfig, *, device: torch.device, dtype: torch.dtype) -> None:
         super().__init__(config, device=device, dtype=dtype)
-        store = MappedRows if self.prefetch else DeviceRows
-        self._rows: Store = store(config.data, self.manifest, np.asarray, device)
+        self._rows = self._row_store(np.asarray, self.manifest.shape, "float32")
         self.encoding = self._encoding()
         self.input_shape = (self.encoding.width,)
 
-    def _place_examples(self) -> None:
-        total = self.manifest.num_examples * 4 * len(self.manifest.columns)
-        self.prefetch = total > self.config.memory_limit_mb << 20
+    def _example_bytes(self) -> int:
+        return 4 * len(self.manifest.columns)
 
     @property
     def preprocessing(self) -> dict[str, Any]:
         return self.encoding.model_dump(mode="json")
 
     def _encoding(self) -> TableEncoding:
-        """With the statistics of meta-training, over the first rows of each of its classes."""
+        """With the statistics of meta-training, over the first rows of its classes."""
+        members = self._members["meta_train"].tolist()
+        members = members[:: -(-len(members) // MOST_CLASSES) or 1]
         numeric = [i for i, column in enumerate(self.manifest.columns) if column.kind == "numeric"]
         number, mean, spread = np.zeros((3, len(numeric)))
         with shards.ShardReader(self.config.data, self.manifest) as reader:
-            for class_id in self._members["meta_train"].tolist():
+            for class_id in members:
                 count = min(self.manifest.classes[class_id].count, ROWS_PER_CLASS)
                 rows = np.asarray(reader.read_class(class_id, np.arange(count)), dtype=np.float64)[:, numeric]
                 there = ~np.isnan(rows)

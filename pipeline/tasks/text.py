@@ -1,7 +1,7 @@
 """Text classification episodes from Parquet shards: sentences, cut into hashed tokens.
 
 A data set whose token numbers fit into memory is cut once, when the family is built; of a larger one each episode's
-sentences are read and cut when they are drawn, one step ahead.
+sentences are read and cut when they are drawn, one step ahead, or, with windows, each class when it is read.
 
 Shapes: T tasks · S support · Q query examples · L max_tokens.
 """
@@ -9,6 +9,7 @@ Shapes: T tasks · S support · Q query examples · L max_tokens.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -16,8 +17,7 @@ import torch
 from torch import Tensor
 
 from pipeline.tasks import shards
-from pipeline.tasks.classes import ClassTasks, ClassTasksConfig, Store
-from pipeline.tasks.rows import DeviceRows, MappedRows
+from pipeline.tasks.classes import ClassTasks, ClassTasksConfig
 from pipeline.tasks.sampler import EpisodeIndices
 from pipeline.tasks.shapes import UnequalEpisodes
 from pipeline.tasks.tokens import Tokens
@@ -47,19 +47,14 @@ class TextTasks(ClassTasks):
     def __init__(self, config: TextTasksConfig, *, device: torch.device, dtype: torch.dtype) -> None:
         super().__init__(config, device=device, dtype=dtype)
         self.input_shape = (config.tokens.max_tokens,)
-        store = MappedRows if self.prefetch else DeviceRows
-        self._rows: Store = store(config.data, self.manifest, self._numbers, device)
+        self._rows = self._row_store(partial(_numbers, config.tokens), self.input_shape, "int32")
 
-    def _place_examples(self) -> None:
-        total = self.manifest.num_examples * self.config.tokens.max_tokens * NUMBER_BYTES
-        self.prefetch = total > self.config.memory_limit_mb << 20
+    def _example_bytes(self) -> int:
+        return self.config.tokens.max_tokens * NUMBER_BYTES
 
     @property
     def preprocessing(self) -> dict[str, Any]:
         return self.config.tokens.model_dump(mode="json")
-
-    def _numbers(self, texts: list[str]) -> np.ndarray:
-        return self.config.tokens(texts).astype(np.int32)
 
     def texts(self, split: Split) -> Iterator[Tensor]:
         """The token numbers [L] of each text of a part."""
@@ -82,3 +77,8 @@ class TextTasks(ClassTasks):
     def _inputs(self, split: Split, indices: EpisodeIndices | UnequalEpisodes) -> tuple[Tensor, Tensor]:
         support, query = self._gathered(self._rows, split, indices)
         return support.long(), query.long()
+
+
+def _numbers(tokens: Tokens, texts: list[str]) -> np.ndarray:
+    """int32 [texts, L]."""
+    return tokens(texts).astype(np.int32)

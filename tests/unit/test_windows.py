@@ -1,6 +1,7 @@
 """Data sets larger than memory: windows of classes, and the cache that holds them."""
 
 import gc
+import shutil
 import subprocess
 import sys
 import threading
@@ -18,13 +19,16 @@ from hypothesis import strategies as st
 from pipeline.config import validate
 from pipeline.errors import DataError
 from pipeline.tasks import class_cache, shards
-from pipeline.tasks.cached_images import CachedImages
 from pipeline.tasks.class_cache import ClassCache
 from pipeline.tasks.class_images import ClassImages
-from pipeline.tasks.images import ImagesConfig, ImageTasks
+from pipeline.tasks.classes import ClassTasks
+from pipeline.tasks.images import CachedImages, ImagesConfig, ImageTasks
 from pipeline.tasks.shards import reader
+from pipeline.tasks.tabular import TabularTasksConfig
+from pipeline.tasks.text import TextTasksConfig
 from pipeline.tasks.windows import WindowConfig, Windows
-from pipeline.types import TaskBatch
+from pipeline.types import SPLITS, TaskBatch
+from tests.servers.web import serving
 
 WINDOW = {"classes": 4, "steps": 3, "eval_episodes": 2}
 
@@ -139,6 +143,111 @@ def test_the_same_episodes_from_memory_from_shards_and_from_the_cache(data: Path
     for split in ("meta_val", "meta_test"):
         assert equal(cached.sample(split, 0, slots, seed=1), whole.sample(split, 0, slots, seed=1))
     assert torch.equal(cached.examples("meta_val", [3, 1], 5), whole.examples("meta_val", [3, 1], 5))
+
+
+# rows of tables, and texts
+
+OTHERS: dict[str, Any] = {"text": TextTasksConfig, "tabular": TabularTasksConfig}
+OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"window": {"classes": 4, "steps": 2, "eval_episodes": 2}},
+    {"window": {"classes": 3, "steps": 1, "eval_episodes": 2}, "variable": {"least_n_way": 2, "most_shots": 3}},
+]
+
+
+def others(family: str, data: Path | str, *, memory_limit_mb: int = 0, **options: Any) -> ClassTasks:
+    content = {"family": family, "data": data, "split": "random", "n_way": 3, "k_shot": 2, "n_query": 2}
+    content |= {"eval_n_query": 2, "memory_limit_mb": memory_limit_mb, **options}
+    built = validate(OTHERS[family], content, source="test").build(device=torch.device("cpu"), dtype=torch.float32)
+    assert isinstance(built, ClassTasks)
+    return built
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("family", OTHERS)
+def test_rows_and_texts_give_the_same_episodes_from_memory_files_and_a_web_server(
+    family: str, options: dict[str, Any], tiny_sets: dict[str, Path]
+) -> None:
+    data = tiny_sets[family]
+    whole = others(family, data, memory_limit_mb=100, **options)
+    with serving(data.parent) as server:
+        large = [others(family, place, **options) for place in (data, f"{server.address}/{data.name}")]
+        assert [each.prefetch for each in (whole, *large)] == [False, True, True]
+        slots = torch.arange(8)
+        windowed = "window" in options
+        assert (large[0]._cache is not None, large[1]._cache is not None) == (windowed, True)
+        met = []
+        for step in range(6):
+            expected = whole.sample("meta_train", step, slots, seed=1)
+            assert expected.classes is not None
+            met.append(set(expected.classes.flatten().tolist()))
+            assert all(equal(each.sample("meta_train", step, slots, seed=1), expected) for each in large)
+        assert all(len(classes) == options["window"]["classes"] if windowed else 5 for classes in met)
+        assert len(set.union(*met)) == 6 if windowed else 5
+        for split in SPLITS[1:]:
+            for some in whole.alike(split, slots):
+                expected = whole.sample(split, 0, some, seed=1)
+                assert all(equal(each.sample(split, 0, some, seed=1), expected) for each in large)
+        share = others(family, data, **options).sample("meta_train", 5, slots[1::2], seed=1)  # another worker's, later
+        assert equal(share, whole.sample("meta_train", 5, slots[1::2], seed=1))
+
+
+def held(family: ClassTasks) -> int:
+    """Bytes of the arrays that are there."""
+    assert family._cache is not None
+    futures = list(family._cache.cache._held.values())
+    return sum(future.result().nbytes for future in futures if future.done())
+
+
+def test_no_more_rows_are_held_than_the_cache_may(tmp_path: Path) -> None:
+    """Of 60 classes of 96 KB five in a megabyte and no more, of which four are two windows."""
+    random = np.random.default_rng(0)
+    names = [f"class{number:02d}" for number in range(60)]
+    rows = (shards.ClassExamples(name, "all", random.normal(size=(1500, 16)).astype(np.float32)) for name in names)
+    parts = {"random": {name: SPLITS[0 if i < 54 else 1 + i % 2] for i, name in enumerate(names)}}
+    shards.write(tmp_path / "set", rows, modality="vector", splits=parts, source={}, preprocessing={})
+    how: dict[str, Any] = {"window": {"classes": 5, "steps": 2, "eval_episodes": 1}, "cache_mb": 1}
+    family, whole = (others("tabular", tmp_path / "set", **how, memory_limit_mb=mb) for mb in (0, 100))
+    assert family._cache is not None
+    cache = family._cache.cache
+    most = 0
+    for step in range(25):
+        batch = family.sample("meta_train", step, torch.arange(3), seed=0)
+        assert cache.nbytes <= cache.capacity == 1 << 20
+        most = max(most, held(family))
+        assert most <= cache.capacity
+        assert equal(batch, whole.sample("meta_train", step, torch.arange(3), seed=0))
+    until(lambda: readers() == 0)
+    assert held(family) == cache.nbytes  # nothing is left out of the account
+    assert most > 5 * 96_000
+    assert cache.counts.read > 30
+
+
+def test_texts_are_held_as_their_numbers(tiny_sets: dict[str, Path]) -> None:
+    """Which take as much as the manifest tells before they are read, whatever the texts' lengths."""
+    family = others("text", tiny_sets["text"], window={"classes": 3, "steps": 1}, tokens={"max_tokens": 4096})
+    family.sample("meta_train", 0, torch.arange(2), seed=0)
+    until(lambda: readers() == 0)
+    assert family._cache is not None
+    assert held(family) == family._cache.cache.nbytes > 0
+    assert held(family) % (8 * 4096 * 4) == 0
+    with pytest.raises(DataError, match=r"two windows of task.window.classes=5 classes take up to 12 MB"):
+        others("text", tiny_sets["text"], window={"classes": 5, "steps": 1}, tokens={"max_tokens": 65536}, cache_mb=5)
+
+
+@pytest.mark.parametrize("family", OTHERS)
+def test_a_damaged_class_of_rows_stops_the_step_that_needs_it(
+    family: str, tiny_sets: dict[str, Path], tmp_path: Path
+) -> None:
+    shutil.copytree(tiny_sets[family], tmp_path / "set")
+    tasks_of = others(family, tmp_path / "set", window={"classes": 3, "steps": 1})
+    for shard in tasks_of.manifest.shards:
+        file = tmp_path / "set" / shard.file
+        content = bytearray(file.read_bytes())
+        content[100 : len(content) * 3 // 4] = bytes(len(content) * 3 // 4 - 100)
+        file.write_bytes(content)
+    with pytest.raises(DataError, match=r"shards/00000\.parquet"):
+        tasks_of.sample("meta_train", 0, torch.arange(2), seed=0)
 
 
 def test_results_tell_of_windows(data: Path) -> None:
