@@ -70,6 +70,7 @@ def submit(
     wanted = [config, *placement.network_files(experiment, project)]
     cluster = submission.Cluster(url)
     placement.check_addresses(environment, same_files=cluster.shares_files, same_network=cluster.shares_network)
+    placement.check_data_servers(experiment, same_network=cluster.shares_network)
     if check:
         placement.check_answers(environment)
         placement.check_stores(experiment)

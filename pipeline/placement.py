@@ -17,6 +17,7 @@ from pipeline.job_environment import refuse_password
 from pipeline.tasks.shards import MANIFEST
 
 ANSWER_SECONDS = 5
+HTTP = ("http://", "https://")
 ONLY_THERE = "If only the cluster's nodes can reach it, say --no-check."
 
 
@@ -90,13 +91,10 @@ def check_addresses(environment: Mapping[str, str], *, same_files: bool, same_ne
     Raises TrackingError: a loopback address or a database in a file, where the head is not this machine.
     """
     for name, value in environment.items():
-        try:
-            host = urlsplit(value).hostname or ""
-        except ValueError:
-            continue
-        if _is_loopback(host) and not same_network:
+        here = None if same_network else _loopback_host(value)
+        if here is not None:
             raise TrackingError(
-                f"{name}={value}: {host} is this machine here, and on each of the cluster's nodes that node itself. "
+                f"{name}={value}: {here} is this machine here, and on each of the cluster's nodes that node itself. "
                 "Give an address that the nodes reach (and have the server listen on it), or unset it here and set it "
                 "in the environment of the nodes."
             )
@@ -107,6 +105,21 @@ def check_addresses(environment: Mapping[str, str], *, same_files: bool, same_ne
             raise TrackingError(
                 f"MLFLOW_TRACKING_URI={uri}: a file on this machine, which the cluster does not have. Start a server "
                 "that its nodes reach (`mlflow server`, see infra/README.md) and give its http address."
+            )
+
+
+def check_data_servers(experiment: Experiment, *, same_network: bool) -> None:
+    """Whether the data sets' web servers are on the cluster what they are here; same_network as in `check_addresses`.
+
+    Raises ConfigError: a loopback address, where the head is not this machine.
+    """
+    for key, place in _data(experiment).items():
+        here = _loopback_host(place) if place.startswith(HTTP) and not same_network else None
+        if here is not None:
+            raise ConfigError(
+                f"{key}={place}: {here} is this machine here, and on each of the cluster's nodes that node itself, "
+                "which has no such server. Give an address that the nodes reach (and have the server listen on it), "
+                f"or an object store: --set {key}=s3://BUCKET/{place.rstrip('/').rsplit('/', 1)[-1]}"
             )
 
 
@@ -142,7 +155,7 @@ def _data(experiment: Experiment) -> dict[str, str]:
 def check_answers(environment: Mapping[str, str]) -> None:
     """Whether the tracking server answers, asked from here. Raises TrackingError."""
     uri = environment.get("MLFLOW_TRACKING_URI", "")
-    if not uri.startswith(("http://", "https://")):
+    if not uri.startswith(HTTP):
         return
     try:
         urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=ANSWER_SECONDS).close()
@@ -155,11 +168,16 @@ def check_answers(environment: Mapping[str, str]) -> None:
         ) from error
 
 
-def _is_loopback(host: str) -> bool:
-    if host == "localhost" or host.endswith(".localhost"):
-        return True
+def _loopback_host(address: str) -> str | None:
+    """The host of an address, where that is whichever machine asks; None: it is another, or there is none."""
     try:
-        address = ipaddress.ip_address(host)
+        host = urlsplit(address).hostname or ""
     except ValueError:
-        return False
-    return address.is_loopback or address.is_unspecified
+        return None
+    if host == "localhost" or host.endswith(".localhost"):
+        return host
+    try:
+        number = ipaddress.ip_address(host)
+    except ValueError:
+        return None
+    return host if number.is_loopback or number.is_unspecified else None

@@ -199,6 +199,43 @@ def test_relative_places_are_refused_with_what_to_do() -> None:
     assert remarks == ["task.data=/shared/glyphs: every node has to see it under this path"]
 
 
+@pytest.mark.parametrize(
+    ("place", "refused"),
+    [
+        ("http://localhost:8000/glyphs", True),
+        ("https://127.0.0.1/glyphs", True),
+        ("http://127.8.9.1:80/glyphs/", True),
+        ("http://[::1]:8000/glyphs", True),
+        ("http://0.0.0.0:8000/glyphs", True),
+        ("http://data.localhost/glyphs", True),
+        ("https://data.example.org/localhost", False),
+        ("http://10.0.0.7:8000/glyphs", False),
+        ("s3://localhost/glyphs", False),  # a bucket
+        ("/shared/localhost", False),
+    ],
+)
+def test_data_from_this_machines_own_web_server_is_refused(place: str, refused: bool) -> None:
+    alone = experiment(f"task.data={place}")
+    content = alone.to_dict()
+    mixed = {**content["task"], "data": "/shared/other"}
+    content["task"] = {
+        "family": "mixture",
+        "sets": [{"name": "a", "task": mixed}, {"name": "b", "task": content["task"]}],
+    }
+    for given, key in (
+        (alone, r"task\.data"),
+        (experiments.from_dict(content, source="test"), r"task\.sets\[1\]\.task\.data"),
+    ):
+        placement.check_data_servers(given, same_network=True)
+        if refused:
+            with pytest.raises(
+                ConfigError, match=f"^{key}=.*each of the cluster's nodes that node itself.*s3://BUCKET/glyphs"
+            ):
+                placement.check_data_servers(given, same_network=False)
+        else:
+            placement.check_data_servers(given, same_network=False)
+
+
 def network(folder: str, **also: str) -> Experiment:
     content = experiment().to_dict()
     content["model"] = {"name": "module", "factory": "my.nets:make", "folder": folder, **also}
