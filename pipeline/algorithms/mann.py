@@ -14,6 +14,11 @@ each of its R read heads makes a key k_t, and
 and the answer is linear in h_t and the r_t of all heads. No parameter changes in an episode: what is adapted is the
 state.
 
+So one k_t says what is looked for and what is written, and over many rows a softmax of cosines is nearly even. Two
+parts of the neural Turing machine that this memory comes from (Graves, Wayne, Danihelka 2014, arXiv:1410.5401) can be
+had back: `key_strength: learned` reads with softmax(β_t K), β_t > 0 (eq. 5 there), and `written: add_vector` adds a_t
+instead of k_t (eq. 4 there), both from the controller at every step.
+
 Meta-training mixes an episode's support and query examples into one sequence, in an order drawn from the episode's key,
 and takes the loss of every step. In evaluation and serving the support set comes first, one example of each class, then
 the next one of each, in the order of the labels; then each query is asked alone, from a copy of the state it leaves.
@@ -24,7 +29,8 @@ changes. Batch normalization inside an episode takes images, never labels, acros
 normalized by their own statistics, and queries by the same ones (`normalization: inductive`, the default here). An
 encoder without it (`mlp`, as good as the paper's, which has none) has no such channel.
 
-Disadvantages: it takes tens of thousands of episodes before it does better than guessing (the paper trains on 100,000);
+Disadvantages: it takes tens of thousands of episodes before it does better than guessing (the paper trains on 100,000),
+and as the paper's equations have it more than with the two parts above;
 its answers depend on the order of the support set; it must have seen sequences as long as those it is asked about. A
 GPU waits for kernels to launch, as steps follow each other.
 
@@ -71,6 +77,7 @@ OWN = "mann/"  # begins the names of what is not the encoder's
 STATE = "mann/state."  # begins the names of the state after a support set, among the adapted parameters
 INSTANCES = (1, 2, 5, 10)  # presentations of a class after which the paper reports the accuracy
 EPSILON = 1e-8  # under the roots of norms, so that an empty row has a derivative
+FIRST_STRENGTH = 10.0  # β before training, where it is learned: one row of 128 can be told from the others
 ELEMENTS_AT_ONCE = 1 << 24  # of copies of the memory, one for each query that is asked at once
 
 
@@ -84,6 +91,8 @@ class MANNConfig(EpisodicConfig):
     memory_width: int = Field(default=40, ge=1)  # numbers in a row
     reads: int = Field(default=4, ge=1)  # read heads; as many rows are written at every step
     usage_decay: float = Field(default=0.99, ge=0, le=1)  # γ
+    key_strength: Literal["one", "learned"] = "one"  # β of the reads
+    written: Literal["key", "add_vector"] = "key"  # to the rows: the paper's k_t, or a_t
 
     @field_validator("reads")
     @classmethod
@@ -128,6 +137,13 @@ class MANN(Episodic):
     ) -> None:
         super().__init__(config, model=model, objective=objective)
         self.labels, self.features = model.init(0)[model.head[0]].shape
+        reads = config.reads * config.memory_width
+        self._heads = [  # what the controller puts out at a step: keys, write gates, and where they are learned
+            reads,
+            config.reads,
+            config.reads if config.key_strength == "learned" else 0,
+            reads if config.written == "add_vector" else 0,
+        ]
 
     def init(self, seed: int) -> MetaState:
         """The encoder's, and uniform ±1/√fan_in for what follows; the LSTM begins by keeping (forget gate's bias 1)."""
@@ -138,7 +154,7 @@ class MANN(Episodic):
         sizes = {  # name: out, in
             "input": (4 * c.controller_units, self.features + self.labels),
             "recurrent": (4 * c.controller_units, c.controller_units + reads),
-            "heads": (reads + c.reads, c.controller_units),
+            "heads": (sum(self._heads), c.controller_units),
             "answer": (self.labels, c.controller_units + reads),
         }
         own: Params = {}
@@ -148,6 +164,7 @@ class MANN(Episodic):
             own[f"{OWN}{name}.weight"] = weight.uniform_(-limit, limit, generator=generator)
             own[f"{OWN}{name}.bias"] = torch.zeros(fan_out, dtype=torch.float64)
         own[f"{OWN}input.bias"][c.controller_units : 2 * c.controller_units] = 1.0
+        own[f"{OWN}heads.bias"].split(self._heads)[2].fill_(FIRST_STRENGTH)
         dtype = params[self.model.head[0]].dtype
         return MetaState(params | {k: v.to(dtype) for k, v in own.items()}, {})
 
@@ -289,7 +306,7 @@ class MANN(Episodic):
         enter, forget, leave, new = gates.chunk(4, dim=-1)
         cell = forget.sigmoid() * state.cell + enter.sigmoid() * new.tanh()
         hidden = leave.sigmoid() * cell.tanh()
-        key, gate = _grouped(params, "heads", hidden).split([c.reads * c.memory_width, c.reads], dim=1)
+        key, gate, strength, vector = _grouped(params, "heads", hidden).split(self._heads, dim=1)
         key = key.tanh().unflatten(1, (c.reads, c.memory_width))  # k_t
         gate = gate.sigmoid()  # σ(α_t)
 
@@ -298,8 +315,12 @@ class MANN(Episodic):
         to_read = gate.unsqueeze(-1)
         write_weights = to_read * state.read_weights + (1 - to_read) * least
         kept = state.memory * (1 - least.sum(1)).unsqueeze(-1)
-        memory = torch.baddbmm(kept, write_weights.transpose(1, 2), key)
-        read_weights = torch.bmm(_unit(key), _unit(memory).transpose(1, 2)).softmax(-1)
+        added = vector.tanh().view_as(key) if c.written == "add_vector" else key
+        memory = torch.baddbmm(kept, write_weights.transpose(1, 2), added)
+        cosines = torch.bmm(_unit(key), _unit(memory).transpose(1, 2))
+        if c.key_strength == "learned":
+            cosines = F.softplus(strength).unsqueeze(-1) * cosines  # β_t K
+        read_weights = cosines.softmax(-1)
         usage = c.usage_decay * state.usage + (read_weights + write_weights).sum(1)
         read = torch.bmm(read_weights, memory).flatten(1)
         return State(hidden, cell, read, memory, read_weights, usage), gate

@@ -53,8 +53,9 @@ def batch(*, with_keys: bool = False) -> TaskBatch:
 class Reference:
     """One episode's network, by the numbers of the paper's equations."""
 
-    def __init__(self, params: Params) -> None:
+    def __init__(self, params: Params, *, strength: bool = False, add_vector: bool = False) -> None:
         self.p = params
+        self.strength, self.add_vector = strength, add_vector
         zeros = torch.zeros(WIDTH, dtype=torch.float64)
         self.h = self.c = torch.zeros(UNITS, dtype=torch.float64)
         self.memory = [zeros] * ROWS
@@ -79,7 +80,10 @@ class Reference:
 
         heads = p["mann/heads.weight"] @ self.h + p["mann/heads.bias"]
         read_keys = torch.tanh(heads[: READS * WIDTH]).view(READS, WIDTH)
-        gates = torch.sigmoid(heads[READS * WIDTH :])
+        gates = torch.sigmoid(heads[READS * WIDTH : READS * WIDTH + READS])
+        rest = heads[READS * WIDTH + READS :]
+        strengths = torch.log1p(rest[:READS].exp()) if self.strength else torch.ones(READS, dtype=torch.float64)
+        added = torch.tanh(rest[-READS * WIDTH :]).view(READS, WIDTH) if self.add_vector else read_keys
         self.gates.append(gates)
         least = sorted(range(ROWS), key=lambda row: float(self.usage[row].detach()))[:READS]  # eq. 6
         memory = [torch.zeros_like(row) if i in least else row for i, row in enumerate(self.memory)]
@@ -88,13 +92,13 @@ class Reference:
             for i in range(ROWS):
                 free = 1.0 if least[head] == i else 0.0
                 weight = gates[head] * self.read_weights[head][i] + (1 - gates[head]) * free  # eq. 7
-                memory[i] = memory[i] + weight * read_keys[head]  # eq. 8
+                memory[i] = memory[i] + weight * added[head]  # eq. 8
                 usage[i] = usage[i] + weight
         self.memory = memory
         for head in range(READS):
             length = (read_keys[head].square().sum() + 1e-8).sqrt()
             cosines = [read_keys[head] @ row / length / (row.square().sum() + 1e-8).sqrt() for row in memory]  # eq. 2
-            weights = torch.stack(cosines).softmax(0)  # eq. 3
+            weights = (strengths[head] * torch.stack(cosines)).softmax(0)  # eq. 3
             self.read_weights[head] = list(weights)
             self.read[head] = sum(
                 (w * row for w, row in zip(weights, memory, strict=True)), torch.zeros_like(memory[0])
@@ -115,8 +119,11 @@ def interleaved_by_hand(per_class: list[int]) -> list[int]:
     ]
 
 
-def test_the_meta_gradient_agrees_with_the_reference() -> None:
-    algorithm, tasks = learner(), batch()
+@pytest.mark.parametrize("add_vector", [False, True])
+@pytest.mark.parametrize("strength", [False, True])
+def test_the_meta_gradient_agrees_with_the_reference(strength: bool, add_vector: bool) -> None:
+    written = {"key_strength": "learned" if strength else "one", "written": "add_vector" if add_vector else "key"}
+    algorithm, tasks = learner(**written), batch()
     state = random_state(algorithm)
     gradient = algorithm.meta_grad(state, tasks, step=0)
     leaves = {k: v.clone().requires_grad_() for k, v in state.params.items()}
@@ -125,7 +132,7 @@ def test_the_meta_gradient_agrees_with_the_reference() -> None:
     for task in range(TASKS):
         x = torch.cat([tasks.support_x[task], tasks.query_x[task]])[order]
         y = torch.cat([tasks.support_y[task], tasks.query_y[task]])[order].tolist()
-        reference, losses = Reference(leaves), []
+        reference, losses = Reference(leaves, strength=strength, add_vector=add_vector), []
         for t, label in enumerate(y):
             logits = reference.step(x[t], y[t - 1] if t else None)
             losses.append(F.cross_entropy(logits, torch.tensor(label)))
