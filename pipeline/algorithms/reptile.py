@@ -13,9 +13,12 @@ gradients of two minibatches of a task agree (section 5.1). So k > 1, and `inner
 A task is trained on its support set, or on support and query set (`train_on: all`), as there is no query loss to learn
 by: the paper has one set of more shots in training (10 to 15 a class) than at test (`task.k_shot`, `task.eval_k_shot`).
 The set is gone through in a random order, and then in another. In training orders follow from the episode; at test
-there is one sequence of orders for all tasks, a function of the size of the support set alone. Adam with β1 = 0, which
-the paper found best, is `inner_optimizer: adam`. Its state is each task's own here; the authors' code keeps one
-through all of training.
+there is one sequence of orders for all tasks, a function of the size of the support set alone.
+
+Adam with β1 = 0, which the paper found best, is `inner_optimizer: adam`. A task whose Adam begins anew changes every
+parameter by the whole rate in its first step, however small the gradient. The authors' code keeps one state through all
+of training, task after task, and at test goes on from it: `inner_state: carried`. Tasks of one meta-batch begin with
+the same state, and the next ones with the mean of what these end with.
 
 Inductive prediction here normalizes by the statistics of the support set, the authors' code by those of the support set
 and the one query. Transductive is the same.
@@ -27,17 +30,20 @@ all. No graph is kept beyond a step, so `first_order` and `recompute_inner_steps
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from pipeline import keys as random_numbers
-from pipeline.algorithms.episodic import Query, QueryLoss, Support
+from pipeline.algorithms.episodic import Query, QueryLoss, Support, network
 from pipeline.algorithms.gradient_based import FEATURES, GradientBased
 from pipeline.algorithms.inner_optimizer import InnerLoopConfig
-from pipeline.types import Adapted, Objective, Params, Statistics, TaskBatch, TaskModel
+from pipeline.types import Adapted, MetaState, Objective, Params, Statistics, TaskBatch, TaskModel
+
+CARRIED = "reptile/"  # begins the buffers' names of the inner optimizer's state
 
 
 class ReptileConfig(InnerLoopConfig):
@@ -49,6 +55,15 @@ class ReptileConfig(InnerLoopConfig):
     # examples of an inner step; None, or more than there are: all of them
     eval_inner_batch_size: int | None = Field(default=None, ge=1)  # in evaluation and serving; None: as in training
     train_on: Literal["support", "all"] = "support"  # of a task in meta-training; all: its query set too
+    inner_state: Literal["fresh", "carried"] = (
+        "fresh"  # of Adam or momentum at a task's start; carried: from those before
+    )
+
+    @model_validator(mode="after")
+    def _there_is_a_state_to_carry(self) -> Self:
+        if self.inner_state == "carried" and self.inner_optimizer == "sgd" and not self.inner_momentum:
+            raise ValueError("inner_state: carried is for inner_optimizer: adam, or sgd with inner_momentum")
+        return self
 
     def build(self, *, model: TaskModel, objective: Objective, train_classes: int | None = None) -> Reptile:
         return Reptile(self, model=model, objective=objective)
@@ -68,19 +83,50 @@ class Reptile(GradientBased):
         x, y = torch.cat([batch.support_x, batch.query_x], dim=1), torch.cat([batch.support_y, batch.query_y], dim=1)
         return self._support(x, y, batch.num_classes, batch.keys), query
 
+    def adaptation_path(self, state: MetaState, support_x: Tensor, support_y: Tensor, **how: Any) -> Iterator[Adapted]:
+        params = {**state.params, **_carried(state.buffers)}
+        for adapted in super().adaptation_path(state._replace(params=params), support_x, support_y, **how):
+            yield adapted._replace(params=network(adapted.params))
+
+    def _start(self, meta_params: Params, support: Support, keys: Tensor | None) -> tuple[Params, Params]:
+        inner, learned = super()._start(meta_params, support, keys)
+        begun = {k.removeprefix(CARRIED): learned.pop(k) for k in _carried(learned)}
+        return inner | begun, learned
+
+    def _query_loss(self, meta_params: Params, buffers: Statistics, *sets: Any, **how: Any) -> QueryLoss:
+        answer = super()._query_loss(meta_params, buffers, *sets, **how)
+        assert answer.adapted is not None
+        return answer._replace(observed=answer.observed | _carried(answer.adapted))
+
+    def update_buffers(self, buffers: Statistics, observed: Statistics) -> Statistics:
+        """The inner optimizer's state is the last tasks', not an average over all."""
+        carried = _carried(observed)
+        return super().update_buffers(buffers, {k: v for k, v in observed.items() if k not in carried}) | carried
+
     def _adapt(
         self, meta_params: Params, buffers: Statistics, support: Support, keys: list[Tensor | None], *, step: int
     ) -> tuple[Adapted, dict[str, Tensor]]:
         *of_steps, on_support = keys
         with torch.no_grad():
-            inner, learned = self._start({k: v.detach() for k, v in meta_params.items()}, support, of_steps[0])
+            start = {k: v.detach() for k, v in meta_params.items()} | _carried(buffers)
+            inner, learned = self._start(start, support, of_steps[0])
         for number, of_step in enumerate(of_steps):
             inner = self._step_without_graph(inner, learned, number, support, of_step)
         with torch.no_grad():
             params = self._params(inner, learned, self.train_steps)
-            return self._adapted(
+            adapted = self._adapted(
                 params, buffers, support, inductive=self._inductive, step=self.train_steps, keys=on_support
-            ), {}
+            )
+        if self.config.inner_state == "carried":
+            ends = {CARRIED + k: v for k, v in inner.items() if k not in self.adapted_names}
+            adapted = adapted._replace(params=adapted.params | ends)
+        return adapted, {}
+
+    def _answer(self, params: Params, query: Any, **how: Any) -> tuple[Tensor, Statistics]:
+        return super()._answer(network(params), query, **how)
+
+    def _adapted(self, params: Params, buffers: Statistics, support: Support, **how: Any) -> Adapted:
+        return super()._adapted(params, {k: v for k, v in buffers.items() if not k.startswith(CARRIED)}, support, **how)
 
     def _meta_gradients(self, answer: QueryLoss, meta_params: Params) -> Params:
         assert answer.adapted is not None
@@ -116,6 +162,11 @@ class Reptile(GradientBased):
         orders = [random_numbers.order(keys, there, again) for again in range(first // there, last // there + 1)]
         start = first % there
         return torch.cat(orders, dim=1)[:, start : start + size]
+
+
+def _carried(values: Params) -> Params:
+    """Those of the inner optimizer's state, under the buffers' names."""
+    return {k: v for k, v in values.items() if k.startswith(CARRIED)}
 
 
 def _no_keys(examples: Tensor) -> Tensor:

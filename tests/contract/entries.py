@@ -94,7 +94,13 @@ ENTRIES: dict[str, Entry] = {
         required={"inner_lr": 0.1},
         variants=(
             {"adaptation_steps": 3},
-            {"adaptation_steps": 4, "inner_optimizer": "adam", "inner_lr": 0.01, "inner_batch_size": 8},
+            {
+                "adaptation_steps": 4,
+                "inner_optimizer": "adam",
+                "inner_lr": 0.01,
+                "inner_batch_size": 8,
+                "inner_state": "carried",
+            },
         ),
     ),
     "imaml": Entry(

@@ -225,3 +225,58 @@ def test_memory_does_not_grow_with_the_steps() -> None:
         return peak_bytes(lambda: reptile.meta_grad(state, batch, step=0), torch.device("cpu"))
 
     assert peak(9) <= 1.01 * peak(3)
+
+
+def test_a_carried_state_is_that_of_one_adam_through_all_of_training() -> None:
+    """Against torch's Adam, kept from task to task (algorithm 1); at test it goes on from there."""
+    rate, tasks = 0.7, centres(3, 2)
+    reptile = Reptile(
+        ReptileConfig(name="reptile", inner_lr=RATE, adaptation_steps=2, inner_optimizer="adam", inner_state="carried"),
+        model=Point(),  # type: ignore[arg-type]
+        objective=Quadratic(),
+    )
+    state = reptile.init(0)
+    theta = state.params["theta"].clone()
+    moving = theta.clone().requires_grad_()
+    adam = torch.optim.Adam([moving], lr=RATE, betas=(0.0, 0.999))
+
+    def train_on(task: Tensor) -> None:
+        with torch.no_grad():
+            moving.copy_(theta)
+        for _ in range(2):
+            adam.zero_grad()
+            (0.5 * (moving - task).square().sum(1).mean()).backward()
+            adam.step()
+
+    for task in tasks:
+        train_on(task)
+        theta = theta + rate * (moving.detach() - theta)
+        gradient = reptile.meta_grad(state, quadratics(task.unsqueeze(0)), step=0)
+        state = MetaState(
+            {"theta": state.params["theta"] - rate * gradient.grads["theta"]},
+            reptile.update_buffers(state.buffers, gradient.statistics),
+        )
+        torch.testing.assert_close(state.params["theta"], theta, rtol=1e-6, atol=1e-7)
+    (*_, end) = reptile.adaptation_path(state, tasks[:1], tasks[:1], steps=2, inductive=False)
+    train_on(tasks[0])
+    torch.testing.assert_close(end.params["theta"][0], moving.detach(), rtol=1e-6, atol=1e-7)
+    (*_, other) = reptile.adaptation_path(MetaState(state.params, {}), tasks[:1], tasks[:1], steps=2, inductive=False)
+    assert (end.params["theta"] - other.params["theta"]).abs().max() > 0.01
+
+
+def test_the_next_tasks_begin_with_the_mean_of_the_states_that_tasks_end_with() -> None:
+    settings = {"inner_momentum": 0.5, "inner_state": "carried"}
+    reptile, c = point(**settings), centres(2)
+    state = reptile.init(0)
+    both = reptile.meta_grad(state, quadratics(c), step=0)
+    each = [reptile.meta_grad(state, quadratics(c[t : t + 1]), step=0).statistics for t in range(2)]
+    assert both.statistics.keys() == {"reptile/momentum/theta"}
+    for name, value in both.statistics.items():
+        torch.testing.assert_close(value, each[0][name] + each[1][name])
+    buffers = reptile.update_buffers({k: v + 1 for k, v in each[0].items()}, each[1])
+    assert buffers == each[1], "the last ones', not an average over all"
+
+
+def test_a_state_that_there_is_none_of_is_not_carried() -> None:
+    with pytest.raises(ValueError, match="inner_state: carried is for inner_optimizer: adam"):
+        ReptileConfig(name="reptile", inner_lr=0.1, inner_state="carried")
