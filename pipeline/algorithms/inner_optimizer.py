@@ -112,13 +112,13 @@ class InnerOptimizer:
         count = state[COUNT] + 1
         new, directions = {COUNT: count}, {}
         for name, g in grads.items():
-            m = beta1 * state[FIRST + name] + (1 - beta1) * g
-            v = beta2 * state[SECOND + name] + (1 - beta2) * g.square()
-            new[FIRST + name], new[SECOND + name] = m, v
             t = _broadcast(count, g)
+            v = torch.addcmul(beta2 * state[SECOND + name], g, g, value=1 - beta2)
             # the root's derivative is infinite at 0, where a unit that is never active has its gradient: ε² under it
             root = (v / (1 - beta2**t) + EPSILON**2).sqrt()
-            directions[name] = m / (1 - beta1**t) / root
+            m = torch.add(beta1 * state[FIRST + name], g, alpha=1 - beta1) if beta1 else g  # each pass takes its time
+            new[FIRST + name], new[SECOND + name] = m, v
+            directions[name] = (m / (1 - beta1**t) if beta1 else m) / root
         return directions, new
 
 
