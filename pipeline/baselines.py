@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.tasks.text import TextTasks
+from pipeline.tasks.text import Rarity, TextTasks
 from pipeline.training.evaluate import episode_batches
 from pipeline.types import Split, TaskBatch, TaskFamily
 
@@ -29,7 +29,7 @@ def scores(family: TaskFamily, *, split: Split, seed: int, episodes: int) -> dic
         }
     found = {"nearest centroid on tokens": nearest_bag(family, None, split=split, seed=seed, episodes=episodes)}
     if isinstance(family, TextTasks):
-        rarity = Rarity(family)
+        rarity = Rarity(family.texts("meta_train"))
         name = "nearest centroid on tokens by their rarity in meta-training (TF-IDF)"
         found[name] = nearest_bag(family, rarity, split=split, seed=seed, episodes=episodes)
     return found
@@ -52,21 +52,6 @@ def nearest_centroid(family: TaskFamily, *, split: Split, seed: int, episodes: i
         return torch.cdist(batch.query_x.flatten(2), _means(batch.support_x.flatten(2), batch)).argmin(dim=2)
 
     return _accuracies(family, answers, split=split, seed=seed, episodes=episodes)
-
-
-class Rarity:
-    """log((1 + n) / (1 + d)) + 1 of a token in d of meta-training's n texts, as in scikit-learn's TfidfVectorizer."""
-
-    def __init__(self, family: TextTasks) -> None:
-        each = [numbers.unique() for numbers in family.texts("meta_train")]
-        self._tokens, self._texts = torch.cat(each).unique(return_counts=True)
-        self._number = len(each)
-
-    def __call__(self, tokens: Tensor) -> Tensor:
-        """[V] -> float64 [V]."""
-        place = torch.searchsorted(self._tokens, tokens).clamp_max(len(self._tokens) - 1)
-        texts = torch.where(self._tokens[place] == tokens, self._texts[place], 0)
-        return torch.log((1 + self._number) / (1 + texts.to(torch.float64))) + 1
 
 
 def nearest_bag(

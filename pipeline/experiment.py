@@ -172,6 +172,9 @@ class Experiment(Section):
     def _one_source_of_weights(self) -> Experiment:
         if self.training.init_from is not None and getattr(self.model, "weights", NO_WEIGHTS) != NO_WEIGHTS:
             raise ValueError("training.init_from and model.weights both name weights to start from: leave one out")
+        starts_from = getattr(self.model, "starts_from", None)
+        if self.training.init_from is not None and starts_from is not None:
+            raise ValueError(f"training.init_from and model.{starts_from} both say what to start from: leave one out")
         if getattr(self.model, "batch_norm", None) == "pretrained" and initial_weights(self) is None:
             raise ValueError(
                 "model.batch_norm: pretrained takes statistics that come with weights: set training.init_from, or the "
@@ -212,7 +215,8 @@ def from_dict(content: dict[str, Any], *, source: str) -> Experiment:
 def initial_weights(experiment: Experiment) -> str | None:
     """Where the weights come from that training starts from; None: they are random."""
     weights = getattr(experiment.model, "weights", NO_WEIGHTS)
-    return experiment.training.init_from or (None if weights == NO_WEIGHTS else weights)
+    given = experiment.training.init_from or (None if weights == NO_WEIGHTS else weights)
+    return given or getattr(experiment.model, "starts_from", None)
 
 
 def frozen_names(experiment: Experiment, parts: Components, names: Iterable[str]) -> set[str]:

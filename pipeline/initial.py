@@ -4,9 +4,10 @@ They are read once, when a run is made, by the process that starts it, fitted to
 run's folder with their digest. So all workers start from the same bytes, on machines that never saw the file, and a
 run that is resumed does not ask for it again.
 
-A source is torchvision's own weights (by `model.weights`), a state file (.safetensors, or .pt and .pth with tensors
-alone), a folder of a registered model, a registered model (`models:/NAME@ALIAS`), or a run's folder, whose best
-checkpoint counts: supervised pretraining with `algorithm.name: transfer`, for one.
+A source is torchvision's own weights (by `model.weights`), what `pipeline.text_start` makes of meta-training's texts
+and of words' vectors (`model.start`, `model.vectors`), a state file (.safetensors, or .pt and .pth with tensors alone),
+a folder of a registered model, a registered model (`models:/NAME@ALIAS`), or a run's folder, whose best checkpoint
+counts: supervised pretraining with `algorithm.name: transfer`, for one.
 """
 
 from __future__ import annotations
@@ -21,11 +22,12 @@ import torch
 from torch import Tensor
 
 from pipeline import experiment as experiments
-from pipeline import runs, storage
+from pipeline import runs, storage, text_start
 from pipeline.errors import ConfigError, DataError
 from pipeline.experiment import Components, Experiment
 from pipeline.learner import MODEL_FILE, split_state
 from pipeline.learner import STATE_FILE as MODEL_STATE_FILE
+from pipeline.models.text import Text, TextConfig
 from pipeline.runs import Initial, RunFolder
 from pipeline.types import MetaState, Params, Statistics
 
@@ -44,6 +46,10 @@ def resolve(exp: Experiment) -> Initial | None:
     if source is None:
         return None
     parts = experiments.build(exp, device=torch.device("cpu"))
+    if exp.training.init_from is None and isinstance(exp.model, TextConfig):
+        assert isinstance(parts.model, Text)
+        params, told = text_start.start(exp.model, parts.model, parts.family, parts.algorithm.init(exp.seed).params)
+        return Initial(told, MetaState(params, {}))
     key = "training.init_from" if exp.training.init_from else "model.weights"
     given = _read(exp, source)
     taken = fitted(given, exp, parts, source=f"{key}: {source}")

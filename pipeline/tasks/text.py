@@ -8,7 +8,7 @@ Shapes: T tasks · S support · Q query examples · L max_tokens.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Any, Literal
 
@@ -82,3 +82,19 @@ class TextTasks(ClassTasks):
 def _numbers(tokens: Tokens, texts: list[str]) -> np.ndarray:
     """int32 [texts, L]."""
     return tokens(texts).astype(np.int32)
+
+
+class Rarity:
+    """log((1 + n) / (1 + d)) + 1 of a token in d of n texts, as in scikit-learn's TfidfVectorizer."""
+
+    def __init__(self, texts: Iterable[Tensor]) -> None:
+        """texts: token numbers [L] each."""
+        each = [numbers.unique() for numbers in texts]
+        self._tokens, self._texts = torch.cat(each).unique(return_counts=True)
+        self._number = len(each)
+
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """[V] -> float64 [V]."""
+        place = torch.searchsorted(self._tokens, tokens).clamp_max(len(self._tokens) - 1)
+        texts = torch.where(self._tokens[place] == tokens, self._texts[place], 0)
+        return torch.log((1 + self._number) / (1 + texts.to(torch.float64))) + 1

@@ -88,3 +88,36 @@ def test_dropped_tokens_follow_from_the_keys_and_are_left_out() -> None:
     assert not torch.allclose(made.features(params, x)[0], dropped)
     left = keys.uniform(key, EXAMPLES * LENGTH).view(x.shape) >= 0.5
     torch.testing.assert_close(made.features(params, x * left)[0], dropped)
+
+
+@pytest.mark.parametrize("units", [UNITS, None])
+def test_centered_features_are_bags_of_length_one_less_the_center(units: int | None) -> None:
+    made = model(embedding=units, center=True)
+    params, x = of_tasks(made), numbers(high=1000)
+    x[0, 0] = 0  # a text without tokens
+    params["center"] = random(TASKS, made.sizes[0])
+    rows = torch.where(x == 0, 0, 1 + (x - 1) % ROWS)
+    table = params["embedding.weight"]
+    if units is None:
+        table = torch.diag_embed(table)[..., 1:]
+        table[:, 0] = 0
+    expected = torch.nn.functional.normalize(one_by_one(table, rows), dim=-1) - params["center"][:, None]
+    torch.testing.assert_close(made.features(params, x)[0], expected)
+
+
+def test_without_vectors_a_text_is_its_weighted_counts_and_every_derivative_is_right() -> None:
+    made = model(embedding=None, buckets=5, hidden=[3])
+    assert made.init(0)["embedding.weight"].tolist() == [0, 1, 1, 1, 1, 1]
+    made = model(embedding=None, buckets=5, center=True)
+    x = torch.tensor([[[1, 1, 3, 0], [5, 2, 6, 1], [0, 0, 0, 0]]])
+    weight, center = 1 + random(1, 6).square().requires_grad_(), random(1, 5).requires_grad_()
+
+    def features(weight: Tensor, center: Tensor) -> Tensor:
+        return made.features({"embedding.weight": weight, "center": center}, x)[0]
+
+    bags = features(weight, torch.zeros_like(center))[0]
+    torch.testing.assert_close(
+        bags[0], torch.nn.functional.normalize(weight[0, 1:] * torch.tensor([2, 0, 1, 0, 0]), dim=0)
+    )
+    torch.autograd.gradcheck(features, (weight, center))
+    torch.autograd.gradgradcheck(features, (weight, center))
