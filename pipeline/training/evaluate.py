@@ -9,14 +9,17 @@ Shapes: E episodes · M normalization modes · K + 1 adaptation steps, step 0 be
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pipeline.training.ahead import one_ahead
 from pipeline.training.context import Context, LocalContext
 from pipeline.types import Algorithm, MetaState, Normalization, Split, TaskBatch, TaskFamily
 
@@ -160,10 +163,16 @@ def paired(candidate: Tensor, champion: Tensor) -> Estimate:
 def episode_batches(
     family: TaskFamily, split: Split, slots: Tensor, *, seed: int, chunk: int | None
 ) -> Iterator[tuple[Tensor, TaskBatch]]:
-    """Slots and their episodes of step 0, of one shape and at most `chunk` (None: 32) at a time."""
-    for some in slots.split(chunk or EPISODES_AT_ONCE):
-        for alike in family.alike(split, some):
-            yield alike, family.sample(split, 0, alike, seed=seed)
+    """Slots and their episodes of step 0, of one shape and at most `chunk` (None: 32) at a time.
+
+    Where drawing waits for a disk, the next ones are drawn while these are used.
+    """
+    groups = [alike for some in slots.split(chunk or EPISODES_AT_ONCE) for alike in family.alike(split, some)]
+    draws = [partial(family.sample, split, 0, alike, seed=seed) for alike in groups]
+    batches: Generator[TaskBatch, None, None]
+    batches = one_ahead(draws) if family.prefetch else (draw() for draw in draws)
+    with closing(batches):
+        yield from zip(groups, batches, strict=True)
 
 
 def evaluate(
@@ -201,9 +210,8 @@ def evaluate(
     if last_only or (curve_episodes is not None and curve_episodes >= episodes):
         curve_episodes = None
 
-    def score(slots: Tensor) -> None:
+    def score(slots: Tensor, batch: TaskBatch) -> None:
         at_the_end = last_only or (curve_episodes is not None and int(slots[0]) >= curve_episodes)
-        batch = family.sample(split, 0, slots, seed=seed)
         rows = slots.to(context.device)
         classes = batch.num_classes
         path = algorithm.adaptation_path(
@@ -229,18 +237,18 @@ def evaluate(
             kept.append((slots, Predictions(*(part.to("cpu", torch.int32) for part in told))))
 
     mine = torch.arange(episodes)[context.rank :: context.world_size]
-    at_once, done = chunk or EPISODES_AT_ONCE, 0
-    while done < len(mine):
-        slots = mine[done : done + at_once]
+    left, at_once = mine, chunk or EPISODES_AT_ONCE
+    while len(left):
+        done = [left[:0]]
         try:
-            for alike in family.alike(split, slots):
-                score(alike)
+            for slots, batch in episode_batches(family, split, left, seed=seed, chunk=at_once):
+                score(slots, batch)
+                done.append(slots)
         except torch.OutOfMemoryError:
-            if len(slots) == 1:
+            if at_once == 1:
                 raise
-            at_once = len(slots) // 2
-            continue
-        done += len(slots)
+            at_once = max(min(at_once, len(left)) // 2, 1)
+        left = left[~torch.isin(left, torch.cat(done))]
     if context.world_size > 1:
         context.all_reduce(results)
     if curve_episodes is not None:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Generator, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +19,7 @@ from pipeline.experiment import Components, Experiment
 from pipeline.runs import RunFolder
 from pipeline.training import hardware, outer
 from pipeline.training import plan as plans
+from pipeline.training.ahead import one_ahead
 from pipeline.training.checkpoint import TrainState
 from pipeline.training.compiled import Compiled
 from pipeline.training.context import Context
@@ -193,22 +194,16 @@ def _training_batches(
             return parts.family.sample("meta_train", step, slots, seed=experiment.seed)
         return parts.family.sample("meta_train", step, on_device, seed=experiment.seed, weights=weights)
 
-    steps = range(state.step, experiment.training.steps)
-    if not parts.family.prefetch:
-        for step in steps:
+    draws = (partial(draw, step, weights(step)) for step in range(state.step, experiment.training.steps))
+    batches: Generator[TaskBatch, None, None]
+    batches = one_ahead(draws) if parts.family.prefetch else (each() for each in draws)
+    with closing(batches):
+        while True:
             asked = time.perf_counter()
-            batch = draw(step, weights(step))
+            batch = next(batches, None)
             clock.data_seconds = time.perf_counter() - asked
-            yield batch
-        return
-    with ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch") as pool:
-        ahead = pool.submit(draw, state.step, weights(state.step))
-        for step in steps:
-            asked = time.perf_counter()
-            batch = ahead.result()
-            clock.data_seconds = time.perf_counter() - asked
-            if step + 1 in steps:
-                ahead = pool.submit(draw, step + 1, weights(step + 1))
+            if batch is None:
+                return
             yield batch
 
 

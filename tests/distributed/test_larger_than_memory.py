@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import resource
+import signal
 import threading
 from pathlib import Path
 from typing import Any
@@ -12,10 +13,19 @@ from typing import Any
 import pytest
 import torch
 
+from pipeline import experiment as experiments
+from pipeline import launch
+from pipeline.algorithms.maml import MAML
 from pipeline.config import validate
+from pipeline.errors import TrainingStopped
+from pipeline.experiment import Experiment
 from pipeline.tasks.images import ImagesConfig, ImageTasks
+from pipeline.training.context import Context, run_processes
+from pipeline.training.loop import train_worker
+from tests import faults
 from tests.benchmarks.larger_than_memory import forget, memory_now, write_random_images
 from tests.benchmarks.measuring import in_fresh_process
+from tests.faults import assert_same_end, open_run, run_to_end
 
 pytestmark = pytest.mark.distributed
 
@@ -70,3 +80,43 @@ def test_a_tenth_of_its_size_is_memory_enough(tmp_path: Path) -> None:
     assert digests == [digest(in_memory, step) for step in range(STEPS)]
     assert len(set(digests)) == STEPS
     assert whole == "MemoryError"  # the limit is one
+
+
+KILLED_AT, CHECKPOINTS_EVERY, WINDOW_STEPS = 11, 5, 7  # it goes on from step 10, the fourth of the second window
+
+
+def killed(context: Context, content: dict[str, Any], run_path: str) -> None:
+    """Both ranks, by SIGKILL, in the midst of a step."""
+    meta_grad = MAML.meta_grad
+
+    def until(self: MAML, state: Any, batch: Any, *, step: int) -> Any:
+        if step == KILLED_AT:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return meta_grad(self, state, batch, step=step)
+
+    MAML.meta_grad = until  # type: ignore[method-assign]
+    train_worker(context, content, run_path)
+
+
+@pytest.mark.parametrize("family", ["images", "text"])
+def test_killed_in_the_middle_of_a_window_it_ends_bit_identical(
+    family: str, tiny_sets: dict[str, Path], tmp_path: Path
+) -> None:
+    def of(name: str) -> Experiment:
+        training = {"steps": 20, "validate_every": CHECKPOINTS_EVERY, "num_workers": 2, "meta_batch_size": 4}
+        content = faults.experiment(tmp_path / name, tiny_sets[family], **training).to_dict()
+        content["task"] = {"family": family, "data": str(tiny_sets[family]), "split": "random", "n_way": 3}
+        content["task"] |= {"n_query": 2, "eval_n_query": 2, "memory_limit_mb": 0}
+        content["task"] |= {"window": {"classes": 4, "steps": WINDOW_STEPS, "eval_episodes": 3}}
+        networks = {"images": {"name": "mlp", "hidden": [8]}, "text": {"name": "text", "buckets": 64, "embedding": 8}}
+        content["model"] = networks[family]
+        return experiments.from_dict(content, source="test")
+
+    exp = of("killed")
+    run = open_run(exp)
+    with pytest.raises(TrainingStopped, match="exit code -9"):
+        run_processes(killed, exp.to_dict(), str(run.path), num_workers=2)
+    assert run.checkpoints.latest() == KILLED_AT - KILLED_AT % CHECKPOINTS_EVERY
+    assert KILLED_AT // WINDOW_STEPS == run.checkpoints.latest() // WINDOW_STEPS == 1
+    launch.run_workers(exp, run)
+    assert_same_end(run, run_to_end(of("undisturbed")))

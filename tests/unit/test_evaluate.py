@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +12,13 @@ import pytest
 import torch
 
 from pipeline import experiment as experiments
-from pipeline.errors import ConfigError
+from pipeline.errors import ConfigError, DataError
 from pipeline.experiment import Experiment
+from pipeline.training.ahead import one_ahead
 from pipeline.training.context import LocalContext
 from pipeline.training.evaluate import Estimate, Evaluation, episode_batches, evaluate
 from pipeline.training.loop import train
-from pipeline.types import Adapted, MetaState
+from pipeline.types import Adapted, MetaState, TaskBatch
 from tests.faults import experiment, open_run
 
 
@@ -82,6 +85,78 @@ def test_episodes_that_memory_does_not_hold_are_scored_in_smaller_chunks(tiny_da
     most = 0
     with pytest.raises(torch.OutOfMemoryError):
         scored(Small())
+
+
+def read_from_a_disk(folder: Path, data: Path, **task: object) -> Experiment:
+    content = experiment(folder, data).to_dict()
+    content["task"] |= {"memory_limit_mb": 0, "n_way": 3, "window": {"classes": 4, "steps": 2, "eval_episodes": 3}}
+    content["task"] |= task
+    return experiments.from_dict(content, source="test")
+
+
+def test_episodes_are_read_while_the_ones_before_them_are_evaluated(tiny_data: Path, tmp_path: Path) -> None:
+    """Each chunk waits here until the next one is being drawn, so nothing but that lets it go on."""
+    parts = experiments.build(read_from_a_disk(tmp_path, tiny_data), device=torch.device("cpu"))
+    in_memory = experiments.build(
+        read_from_a_disk(tmp_path, tiny_data, memory_limit_mb=100), device=torch.device("cpu")
+    )
+    state, chunks = parts.algorithm.init(0), ([0, 1], [2, 3], [4, 5], [6])
+    began = {chunk[0]: threading.Event() for chunk in chunks}
+    seen, others = [], []
+
+    class Watched:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(parts.family, name)
+
+        def sample(self, split: Any, step: int, slots: torch.Tensor, **how: Any) -> TaskBatch:
+            began[int(slots[0])].set()
+            others.append(threading.current_thread() is not threading.main_thread())
+            return parts.family.sample(split, step, slots, **how)
+
+    class Evaluated:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(parts.algorithm, name)
+
+        def adaptation_path(self, *given: Any, **how: Any) -> Iterator[Adapted]:
+            following = chunks[min(len(seen) + 1, 3)][0]
+            seen.append(began[following].wait(60))
+            return parts.algorithm.adaptation_path(*given, **how)
+
+    def scored(algorithm: Any, family: Any) -> Evaluation:
+        how: dict[str, Any] = {"split": "meta_val", "seed": 1, "episodes": 7, "data_digest": "x", "chunk": 2}
+        return evaluate(algorithm, family, state, **how)
+
+    ours = scored(Evaluated(), Watched())
+    assert seen == [True] * 4
+    assert others == [True] * 4
+    assert torch.equal(ours.losses, scored(parts.algorithm, in_memory.family).losses)
+
+
+def test_what_cannot_be_read_ahead_stops_whoever_asks_for_it() -> None:
+    taken, done = [], []
+
+    def call(number: int) -> int:
+        if number == 2:
+            raise DataError("shard 2")
+        return number
+
+    def calls() -> Iterator[Callable[[], int]]:
+        for number in range(4):
+            taken.append((number, len(done)))
+            yield partial(call, number)
+
+    results = one_ahead(calls())
+    for result in (0, 1):
+        assert next(results) == result
+        done.append(result)
+    with pytest.raises(DataError, match="shard 2"):
+        next(results)
+    assert taken == [(0, 0), (1, 0), (2, 1), (3, 2)]  # one before it is needed, and none earlier
+    assert list(one_ahead([])) == []
+    ahead = one_ahead(iter([partial(call, 5), partial(call, 2)]))
+    assert next(ahead) == 5
+    ahead.close()
+    assert not any(thread.name.startswith("prefetch") for thread in threading.enumerate())
 
 
 def varying(folder: Path, data: Path, **training: object) -> Experiment:
