@@ -25,9 +25,9 @@ class CachedRows:
         self._device = device
         self.cache = ClassCache(classes.read, classes.nbytes, capacity=capacity)
 
-    def expect(self, classes: Iterable[int]) -> None:
-        """Read these classes in the background, in this order, and keep them."""
-        self.cache.expect(classes)
+    def expect(self, classes: Iterable[int], spare: Iterable[int] = ()) -> None:
+        """Read these classes in the background, in this order, and keep them; of `spare` what there is room for."""
+        self.cache.expect(classes, spare)
 
     def close(self) -> None:
         """Read no more in the background."""

@@ -1,8 +1,8 @@
 """Whole classes in memory, at most so many bytes of them, read by threads before they are needed.
 
-What is expected stays; of the rest what was not used for longest goes first. A class that has no room is read for who
-asks for it, and forgotten. What could not be read ahead of time is tried again when it is needed, and only then the
-error is somebody's: the step's that needs it.
+What is expected stays; of the rest what was not used for longest goes first, and then what is only read to spare. A
+class that has no room is read for who asks for it, and forgotten. What could not be read ahead of time is tried again
+when it is needed, and only then the error is somebody's: the step's that needs it.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import mmap
 import threading
 import time
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass
@@ -57,6 +57,7 @@ class ClassCache:
         self._bytes = 0  # of all of them
         self._expected: frozenset[int] = frozenset()
         self._needed: frozenset[int] = frozenset()
+        self._spare: dict[int, None] = {}  # the one needed last is the last
         self._queue: deque[int] = deque()
         self._reading = 0  # threads at it
 
@@ -65,14 +66,23 @@ class ClassCache:
         """Held, or being read."""
         return self._bytes
 
-    def expect(self, classes: Iterable[int]) -> None:
-        """These, and no others that were expected before, are read in the background in this order, and stay."""
+    def expect(self, classes: Iterable[int], spare: Iterable[int] = ()) -> None:
+        """These, and no others that were expected before, are read in the background in this order, and stay.
+
+        spare: after them so many of these as there is room for. They give way to what is needed.
+        """
         wanted = dict.fromkeys(classes)
+        room = self.capacity - sum(map(self._nbytes, wanted))
+        more: dict[int, None] = {}
+        for number in spare:
+            if number not in wanted and number not in more:
+                room -= self._nbytes(number)
+                if room < 0:
+                    break
+                more[number] = None
         with self._lock:
-            if self._expected == wanted.keys() and not self._queue:
-                return
-            self._expected = frozenset(wanted)
-            self._queue = deque(c for c in wanted if c not in self._held)
+            self._expected, self._spare = frozenset(wanted), more
+            self._queue = deque(c for c in (*wanted, *more) if c not in self._held)
         self._start_readers()
 
     def need(self, classes: Iterable[int]) -> None:
@@ -121,17 +131,28 @@ class ClassCache:
     def _claim(self, number: int) -> Future[np.ndarray] | None:
         """Make room for a class that is not held, and promise it. None: there is no room. Under the lock."""
         size = self._nbytes(number)
-        stay = self._expected | self._needed
-        for other in [c for c, future in self._held.items() if future.done() and c not in stay]:
-            if self._bytes + size <= self.capacity:
+        missing, victims = self._bytes + size - self.capacity, []
+        for other in self._in_the_order_they_go(for_spare=number in self._spare and number not in self._needed):
+            if missing <= 0:
                 break
-            self._forget(other)
-        if self._bytes + size > self.capacity:
+            missing -= self._nbytes(other)
+            victims.append(other)
+        if missing > 0:
             return None
+        for other in victims:
+            self._forget(other)
         future: Future[np.ndarray] = Future()
         self._held[number] = future
         self._bytes += size
         return future
+
+    def _in_the_order_they_go(self, *, for_spare: bool) -> Iterator[int]:
+        """What may be forgotten for the sake of another class. Under the lock."""
+        stay = self._expected | self._needed
+        yield from (c for c, each in self._held.items() if each.done() and c not in stay and c not in self._spare)
+        if not for_spare:
+            held = (c for c in reversed(self._spare) if c in self._held and c not in stay)
+            yield from (c for c in held if self._held[c].done())
 
     def _forget(self, number: int) -> None:
         del self._held[number]

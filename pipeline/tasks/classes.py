@@ -15,6 +15,7 @@ import torch
 from pydantic import Field, PrivateAttr, model_validator
 from torch import Tensor
 
+from pipeline import keys
 from pipeline.config import Section
 from pipeline.errors import DataError
 from pipeline.storage import ReadAddress, absolute, readable
@@ -25,7 +26,7 @@ from pipeline.tasks.class_arrays import ClassArrays, Convert
 from pipeline.tasks.difficulty import ClassDifficulty, DifficultyConfig
 from pipeline.tasks.objectives import Classification
 from pipeline.tasks.rows import DeviceRows, MappedRows
-from pipeline.tasks.sampler import EpisodeIndices, sample_indices
+from pipeline.tasks.sampler import EpisodeIndices, draw_classes, sample_indices
 from pipeline.tasks.shapes import (
     OneShape,
     Shape,
@@ -35,6 +36,7 @@ from pipeline.tasks.shapes import (
     key_of_step,
     sample_unequal,
 )
+from pipeline.tasks.upcoming import Upcoming
 from pipeline.tasks.windows import WindowConfig, Windows
 from pipeline.types import SPLITS, Inputs, Split, TaskBatch
 
@@ -196,7 +198,10 @@ class ClassTasks(OneShape):
             if self._windows.applies("meta_test"):
                 self.description["window"] = config.window.model_dump(mode="json")
         self._cache: CachedRows | None = None
-        self._expected: tuple[int, int] | None = None
+        self._upcoming: Upcoming | None = None
+        if self._windows is not None:
+            self._upcoming = Upcoming(self._windows, self._drawn_classes)
+        self._expected: object = None
         self.train_classes = len(self._members["meta_train"]) * self._copies("meta_train")
         self.weighting = (
             ClassDifficulty(config.difficulty, classes=self.train_classes, device=device) if config.difficulty else None
@@ -214,12 +219,12 @@ class ClassTasks(OneShape):
     def sample(self, split: Split, step: int, slots: Tensor, *, seed: int, weights: Tensor | None = None) -> TaskBatch:
         """Episodes with x [T, S|Q, *input_shape] and y int64 [T, S|Q], on the family's device.
 
-        With windows, those of this step of meta-training and the next ones are read in the background.
+        With windows, what later steps of meta-training need is read in the background.
 
         Raises DataError: a shard that is damaged when it is read (sets that do not lie in memory).
         """
         if split == "meta_train":
-            self.expect(step, seed=seed)
+            self.expect(step, slots, seed=seed)
         if self.config.varies(split):
             if split == "meta_train":
                 key = key_of_step(seed, split, step)
@@ -321,22 +326,28 @@ class ClassTasks(OneShape):
         classes = ClassArrays(*place, shape=shape, dtype=dtype, convert=convert)
         return self._cached(CachedRows(classes, self.device, capacity=self.config.cache_mb << 20))
 
-    def expect(self, step: int, *, seed: int) -> None:
-        """Have this step's window and the next one read: whole, whatever this worker's slots need of them.
+    def expect(self, step: int, slots: Tensor, *, seed: int) -> None:
+        """Have read what these slots need from a step of meta-training on, as far as memory holds it."""
+        asked = (step, slots.tolist(), seed)
+        if self._upcoming is None or self._cache is None or self._expected == asked:
+            return
+        self._expected = asked
+        members = self._members["meta_train"].tolist()
+        known = self.weighting is None  # else draws depend on how training goes
+        near = self._upcoming.near(step, slots, seed=seed, known=known)
+        spare = self._upcoming.spare(step, slots, seed=seed, known=known)
+        self._cache.expect([members[each] for each in near], (members[each] for each in spare))
 
-        That is nearly all: of 24 classes 2 slots of 5-way episodes meet 99 % in 10 steps, 4 slots every one.
+    def _drawn_classes(self, seed: int, steps: Tensor, slots: Tensor) -> Tensor:
+        """The classes of meta-training's episodes, numbers within the part: int64 [B, T, n_way].
+
+        Where n_way varies, with those that an episode of the most classes had; the first ones are the same.
         """
-        if self._windows is None or self._cache is None:
-            return
-        number = step // self._windows.config.steps
-        if self._expected == (seed, number):
-            return
-        members = self._members["meta_train"]
-        if self._windows.applies("meta_train"):
-            two = [self._windows.classes(seed, "meta_train", each) for each in (number, number + 1)]
-            members = members[torch.cat(two)]
-        self._cache.expect(members.tolist())
-        self._expected = seed, number
+        members = len(self._members["meta_train"])
+        counts = self._counts["meta_train"].repeat(self._copies("meta_train"))
+        episodes = keys.of_episodes(seed, SPLITS.index("meta_train"), steps, slots)
+        candidates = self._candidates("meta_train", seed, steps, slots)
+        return draw_classes(episodes, counts, self.config.episode("meta_train")[0], None, candidates) % members
 
     def _candidates(self, split: Split, seed: int, steps: int | Tensor, slots: Tensor) -> Tensor | None:
         """The only classes that an episode may hold, int64 [..., N] broadcast against the episodes; None: all."""

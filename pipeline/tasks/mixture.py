@@ -131,7 +131,7 @@ class MixtureTasks:
         if split == "meta_train":
             for family in self.families:
                 if isinstance(family, ClassTasks):  # windows go on while other sets are drawn
-                    family.expect(step, seed=seed)
+                    family.expect(step, slots, seed=seed)
             return self._sampled(self.drawn(seed, step), split, step, slots, seed=seed)
         batches, places = [], []
         for number in range(len(self.sets)):

@@ -42,12 +42,12 @@ class Windows:
 
     def __init__(self, config: WindowConfig, num_classes: dict[Split, int]) -> None:
         self.config = config
-        self._num_classes = num_classes
+        self.num_classes = num_classes
         self._rounds: OrderedDict[tuple[int, Split, int], Tensor] = OrderedDict()
 
     def applies(self, split: Split) -> bool:
         """False where one window holds the whole part: episodes are then what they are without windows."""
-        return self._num_classes[split] > self.config.classes
+        return self.num_classes[split] > self.config.classes
 
     def numbers(self, split: Split, steps: int | Tensor, slots: Tensor) -> Tensor:
         """Of the window that each episode draws from: int64 of the shape of steps ([] or [B, 1]) or slots ([T])."""
@@ -57,7 +57,7 @@ class Windows:
 
     def classes(self, seed: int, split: Split, number: int) -> Tensor:
         """int64 [N]: the classes of one window, numbers within the part, on the CPU."""
-        size, every = self.config.classes, self._num_classes[split]
+        size, every = self.config.classes, self.num_classes[split]
         in_round = every // size
         position = number % in_round
         return self._round(seed, split, number // in_round)[position * size : (position + 1) * size]
@@ -73,7 +73,7 @@ class Windows:
         order = self._rounds.get(name)
         if order is None:
             key = keys.make(seed, SPLITS.index(split), _WINDOWS)
-            order = self._rounds[name] = keys.order(key, self._num_classes[split], number)
+            order = self._rounds[name] = keys.order(key, self.num_classes[split], number)
             while len(self._rounds) > _KEPT_ROUNDS:
                 self._rounds.popitem(last=False)
         return order

@@ -7,6 +7,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from hypothesis import strategies as st
 
 from pipeline.config import validate
 from pipeline.errors import DataError
-from pipeline.tasks import class_cache, shards
+from pipeline.tasks import class_cache, shards, upcoming
 from pipeline.tasks.class_cache import ClassCache
 from pipeline.tasks.class_images import ClassImages
 from pipeline.tasks.classes import ClassTasks
@@ -475,3 +476,166 @@ def until(done: Callable[[], bool]) -> None:
     while not done():
         assert time.monotonic() < deadline
         time.sleep(0.002)
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    slots=st.lists(st.integers(0, 99), min_size=1, max_size=4, unique=True),
+    step=st.integers(0, 200),
+    length=st.integers(1, 7),
+    size=st.integers(3, 15),
+    varies=st.booleans(),
+)
+def test_what_is_read_ahead_is_what_is_drawn(
+    many: Path, slots: list[int], step: int, length: int, size: int, varies: bool
+) -> None:
+    """In the order of its first use, to the end of the next window; each of its classes no longer than it is used."""
+    how: dict[str, Any] = {"variable": {"least_n_way": 3, "most_shots": 2}} if varies else {}
+    family = others("tabular", many, window={"classes": size, "steps": length}, n_way=3, memory_limit_mb=9, **how)
+    assert family._upcoming is not None
+    drawn: dict[int, None] = {}
+    for each in range(step, (step // length + 2) * length):
+        batch = family.sample("meta_train", each, torch.tensor(slots), seed=7)
+        assert batch.classes is not None
+        drawn |= dict.fromkeys(batch.classes.flatten().tolist())
+    expected = dict.fromkeys(family._upcoming.near(step, torch.tensor(slots), seed=7))
+    assert expected.keys() == drawn.keys()
+    if step % length == 0:
+        assert list(expected) == list(drawn)
+    assert len(expected) <= 2 * size
+
+
+def test_of_a_long_window_and_of_weighted_draws_all_is_read(many: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    window = {"classes": 12, "steps": 50}
+    family = others("tabular", many, window=window, memory_limit_mb=9)
+    weighted = others("tabular", many, window=window, difficulty={"strength": 1.0})
+    assert family._windows is not None
+    assert family._upcoming is not None
+    both = [set(family._windows.classes(0, "meta_train", number).tolist()) for number in range(2)]
+    slots = torch.arange(1)
+    for known in (True, False):
+        assert set(family._upcoming.near(0, slots, seed=0, known=known)) == set.union(*both)
+    monkeypatch.setattr(upcoming, "EPISODES_KNOWN", 1)
+    several = torch.arange(2)
+    first = family._drawn_classes(0, torch.tensor([[0]]), several).flatten().tolist()
+    near = family._upcoming.near(49, several, seed=0)
+    assert near[: len(set(first))] == list(dict.fromkeys(first))
+    assert set(near) == set.union(*both)
+    weighted.sample("meta_train", 0, slots, seed=0)
+    until(lambda: readers() == 0)
+    assert weighted._cache is not None
+    members = weighted._members["meta_train"].tolist()
+    assert weighted._cache.cache._held.keys() >= {members[each] for each in set.union(*both)}
+
+
+def test_what_is_spare_gives_way_to_what_is_needed() -> None:
+    cache = ClassCache(numbered, lambda _: 10, capacity=50, readers=1)
+    cache.expect([1, 2], [2, 3, 4, 5, 6, 7])
+    until(lambda: readers() == 0)
+    assert set(cache._held) == {1, 2, 3, 4, 5}
+    assert (cache.get(9) == 9).all()
+    assert set(cache._held) == {1, 2, 3, 4, 9}
+    cache.need([8, 9])
+    assert [int(cache.get(number)[0]) for number in (8, 9)] == [8, 9]
+    until(lambda: readers() == 0)
+    assert set(cache._held) == {1, 2, 3, 8, 9}  # without those that come last
+    cache.expect([2, 3, 4], [5])
+    until(lambda: readers() == 0)
+    assert set(cache._held) == {2, 3, 4, 8, 9}  # 5 has to wait until something else is needed than 8 and 9
+    cache.need([2])
+    cache.expect([2, 3, 4], [5])
+    until(lambda: readers() == 0)
+    assert set(cache._held) >= {2, 3, 4, 5}
+    assert cache.nbytes == 50
+
+
+class Paced:
+    """A slow file system: the threads that read ahead read so many classes as they are granted, and no more."""
+
+    def __init__(self, family: ClassTasks, *, capacity: int) -> None:
+        assert family._cache is not None
+        self.family, self.cache = family, family._cache.cache
+        self.cache.capacity = capacity * self.cache._nbytes(0)
+        self._load, self.cache._load = self.cache._load, self.load
+        self._turn = threading.Condition()
+        self._waiting: set[int] = set()
+        self._granted = 0
+
+    def load(self, number: int) -> np.ndarray:
+        if threading.current_thread().name == "read-ahead":
+            with self._turn:
+                self._waiting.add(number)  # a class is read by one thread
+                self._turn.wait_for(lambda: self._granted > 0 and self._first() == number)
+                self._waiting.remove(number)
+                self._granted -= 1
+                self._turn.notify_all()
+        return self._load(number)
+
+    def _first(self) -> int:
+        """Which of those that wait was begun first."""
+        with self.cache._lock:
+            return next(number for number in self.cache._held if number in self._waiting)
+
+    def grant(self, classes: int) -> None:
+        """Returns when they are read, or nothing more is wanted. What is not read then is time that is lost."""
+        until(lambda: self.cache._reading == len(self._waiting))
+        with self._turn:
+            self._granted = classes
+            self._turn.notify_all()
+        until(lambda: self.cache._reading == len(self._waiting) and not (self._granted and self._waiting))
+        with self._turn:
+            self._granted = 0
+
+    def not_ready(self, step: int) -> int:
+        """Draws a step: how many of its classes had to be waited for."""
+        counts = self.cache.counts
+        before = counts.late + counts.misses
+        with ThreadPoolExecutor(1) as pool:
+            drawn = pool.submit(self.family.sample, "meta_train", step, torch.arange(2), seed=3)
+            until(lambda: drawn.done() or counts.late + counts.misses > before)
+            while not drawn.done():
+                self.grant(1)
+            drawn.result()
+        return counts.late + counts.misses - before
+
+    def end(self) -> None:
+        self.cache.close()
+        with self._turn:
+            self._granted = 1000
+            self._turn.notify_all()
+
+
+@pytest.mark.parametrize(
+    ("pace", "capacity"),
+    [((2, 2, 3, 3), 20), ((0, 0, 0, 10), 30), ((0, 10, 0, 0), 30), ((0,) * 7 + (20,), 40)],
+    ids=str,
+)
+def test_a_reader_within_the_windows_budget_makes_no_step_wait(
+    pace: tuple[int, ...], capacity: int, many: Path
+) -> None:
+    """Windows of 10 classes for 4 steps. The reader reads 10 in 4 steps, evenly, or none for a while and then many."""
+    family = others("tabular", many, window={"classes": 10, "steps": 4}, n_way=3)
+    reader = Paced(family, capacity=capacity)
+    try:
+        reader.not_ready(0)
+        reader.grant(capacity)  # warmed up
+        late = {}
+        for step in range(1, 60):
+            late[step] = reader.not_ready(step)
+            reader.grant(pace[step % len(pace)])
+            assert reader.cache.nbytes <= reader.cache.capacity
+        assert sum(late.values()) == 0, {step: count for step, count in late.items() if count}
+    finally:
+        reader.end()
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """70 classes of 8 rows, 64 of them of meta-training."""
+    random = np.random.default_rng(0)
+    names = [f"class{number:02d}" for number in range(70)]
+    rows = (shards.ClassExamples(name, "all", random.normal(size=(8, 2)).astype(np.float32)) for name in names)
+    parts = {"random": {name: SPLITS[0 if i < 64 else 1 + i % 2] for i, name in enumerate(names)}}
+    out = tmp_path_factory.mktemp("many") / "set"
+    shards.write(out, rows, modality="vector", splits=parts, source={}, preprocessing={})
+    return out
