@@ -2,26 +2,32 @@
 
     python -m tests.benchmarks.larger_than_memory --gb 20 --memory-gb 2 --out results
     python -m tests.benchmarks.larger_than_memory --gb 2 --memory-gb 1.5 --window-classes 8   # a quicker one
+    python -m tests.benchmarks.larger_than_memory --pictures --gb 20 --memory-gb 2 --window-steps 60   # JPEGs
 
 Writes 84×84×3 images with random pixels (600 of a class, as mini-ImageNet's; they do not compress, so that nothing is
 smaller on the disk than in memory), drops them from the page cache, and takes outer steps of conv4 (strided, 5-way,
 5 queries) in a process of its own, with windows of classes.
+
+With --pictures they are JPEGs of twice that size, which the readers decode and scale; decoded classes are kept on the
+local disk (--decoded-mb) beside the set.
 
 Memory: what the process may allocate (heap, anonymous pages, stacks) is limited by the kernel, RLIMIT_DATA, which
 refuses more. Arrow's own allocator would reserve a gigabyte of addresses ahead, so the system's is used. Files are read
 and not mapped; the page cache is the system's own, gives way to whoever needs memory, and counts for nobody. "Resident"
 is VmRSS, programs and libraries included; "data" is VmData, what the limit is on.
 
-Waits: how long the training loop waited for a step's episodes (the journal's `data_seconds`), after the first window.
+Waits: how long the training loop waited for a step's episodes (the journal's `data_seconds`), after the first window;
+and the steps some class of which was not there yet when they were drawn, one step before they are needed.
 
-Seen on two busy cores (load 9) with 20 GB, 2 GB, `--window-classes 24 --window-steps 4 --seconds 140`: of 112 steps
-after the first window one waited, 0.04 s; at most 1.77 GB resident in each quarter of the run; 732 of 1575 classes were
-read.
+Seen on two busy cores (load 9) with 20 GB, 2 GB, `--window-classes 24 --window-steps 4 --seconds 140`, while classes
+were still read in the windows' own order and not in that of their first use: of 112 steps after the first window one
+waited, 0.04 s; at most 1.77 GB resident in each quarter of the run; 732 of 1575 classes were read.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import os
 import resource
@@ -37,8 +43,10 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
 from pipeline import experiment as experiments
+from pipeline.datasets.preprocessing import Preprocessing
 from pipeline.experiment import Experiment
 from pipeline.tasks import shards
 from pipeline.tasks.images import ImageTasks
@@ -62,16 +70,60 @@ def write_random_images(
 ) -> shards.Manifest:
     """Random pixels of every class, from few random numbers: what is measured is reading and not drawing them."""
     base = np.random.default_rng(0).integers(0, 256, (examples, size, size, 3), np.uint8)
-    names = [f"random/{number:05d}" for number in range(classes)]
-    parts: dict[str, Split] = {
-        name: SPLITS[0] if i >= 2 * held_out else SPLITS[1 + i % 2] for i, name in enumerate(names)
-    }
+    parts = parts_of(classes, held_out)
 
     def each() -> Iterator[shards.ClassExamples]:
-        for number, name in enumerate(names):
+        for number, name in enumerate(parts):
             yield shards.ClassExamples(name, "random", base ^ np.uint8(number % 255 + 1) if number else base)
 
     return shards.write(folder, each(), splits={"random": parts}, source={"name": "random"}, preprocessing={})
+
+
+def random_pictures(examples: int, size: int) -> list[bytes]:
+    """JPEGs of random pixels, twice as wide and high as they are going to be."""
+    random, files = np.random.default_rng(0), []
+    for _ in range(examples):
+        file = io.BytesIO()
+        Image.fromarray(random.integers(0, 256, (2 * size, 2 * size, 3), np.uint8)).save(file, "JPEG")
+        files.append(file.getvalue())
+    return files
+
+
+def write_pictures(
+    folder: Path, files: list[bytes], classes: int, *, held_out: int = HELD_OUT, size: int = SIZE
+) -> shards.Manifest:
+    """The same pictures in every class, each with a comment of its own: other files, none of which is decoded yet."""
+    preprocessing = Preprocessing(kind="photo", size=size, channels=3)
+    parts = parts_of(classes, held_out)
+
+    def each() -> Iterator[shards.ClassExamples]:
+        for name in parts:
+            comment = b"\xff\xfe" + (2 + len(name)).to_bytes(2, "big") + name.encode()  # after the start of image
+            yield shards.ClassExamples(name, "random", [file[:2] + comment + file[2:] for file in files])
+
+    return shards.write(
+        folder,
+        each(),
+        modality="encoded_image",
+        shape=(size, size, 3),
+        splits={"random": parts},
+        source={"name": "random"},
+        preprocessing=preprocessing.model_dump(mode="json"),
+    )
+
+
+def parts_of(classes: int, held_out: int) -> dict[str, Split]:
+    names = [f"random/{number:05d}" for number in range(classes)]
+    return {name: SPLITS[0] if i >= 2 * held_out else SPLITS[1 + i % 2] for i, name in enumerate(names)}
+
+
+def write_set(folder: Path, options: argparse.Namespace) -> None:
+    fewest = 2 * HELD_OUT + 2 * options.window_classes
+    if options.pictures:
+        files = random_pictures(EXAMPLES, SIZE)
+        write_pictures(folder, files, max(round(options.gb * 1e9 / sum(map(len, files))), fewest))
+    else:
+        write_random_images(folder, max(round(options.gb * 1e9 / CLASS_BYTES), fewest))
 
 
 def experiment_of(data: Path, options: argparse.Namespace) -> Experiment:
@@ -85,12 +137,18 @@ def experiment_of(data: Path, options: argparse.Namespace) -> Experiment:
             "memory_limit_mb": 64,
             "cache_mb": options.cache_mb,
             "window": {"classes": options.window_classes, "steps": options.window_steps},
+            "decoded_cache": str(decoded_beside(data)),
+            "decoded_cache_mb": options.decoded_mb,
         },
         "model": {"name": "conv4", "downsample": "stride"},
         "algorithm": {"name": "maml", "inner_lr": 0.01},
         "training": {"steps": options.steps, "meta_batch_size": options.tasks, "backend": "local"},
     }
     return experiments.from_dict(content, source="configuration")
+
+
+def decoded_beside(data: Path) -> Path:
+    return data.with_name(f"{data.name}-decoded")
 
 
 def in_limits(data: Path, options: argparse.Namespace) -> dict[str, Any]:
@@ -110,7 +168,8 @@ def in_limits(data: Path, options: argparse.Namespace) -> dict[str, Any]:
     clock = loop._Clock()
     context = LocalContext()
     chunk = experiments.task_chunk(experiment, parts, context.device)
-    waits, seconds, memory = [], [], []
+    waits, seconds, memory, not_there = [], [], [], []
+    counts = family._images.cache.counts  # type: ignore[attr-defined]
     ended = threading.Event()
 
     def watch() -> None:
@@ -126,18 +185,19 @@ def in_limits(data: Path, options: argparse.Namespace) -> dict[str, Any]:
             global_gradient(context, parts.algorithm, meta, batch, step=state.step, chunk=chunk)
             seconds.append(time.perf_counter() - start)
             waits.append(clock.data_seconds)
+            not_there.append(counts.late + counts.misses)
             state.step += 1
             if time.perf_counter() - began > options.seconds:
                 break
     finally:
         ended.set()
         watcher.join()
-    counts = vars(family._images.cache.counts)  # type: ignore[attr-defined]
     return {
         "waits": waits,
         "compute": seconds,
         "memory": memory,
-        "cache": counts,
+        "not_there": not_there,
+        "cache": vars(counts),
         "seconds": time.perf_counter() - began,
     }
 
@@ -187,6 +247,8 @@ def rows_of(result: dict[str, Any], manifest: shards.Manifest, options: argparse
         "steps after the first window that waited for data",
         f"{len(late)} of {len(waits)}, {late.sum():.3f} s in all of {result['seconds']:.0f} s",
     )
+    missed = np.diff(result["not_there"])[warm:]
+    yield row("steps after it some class of which was not there yet when they were drawn", f"{(missed > 0).sum()}")
     times = [t for t, _, _ in result["memory"]]
     quarters = np.array_split(np.array(result["memory"]), 4)
     yield row(
@@ -211,6 +273,8 @@ def main() -> None:
     parser.add_argument("--memory-gb", type=float, default=2, help="that the process may allocate; 0: any")
     parser.add_argument("--window-classes", type=int, default=24)
     parser.add_argument("--window-steps", type=int, default=10)
+    parser.add_argument("--pictures", action="store_true", help="JPEGs, and not pixels")
+    parser.add_argument("--decoded-mb", type=int, default=20_000, help="of decoded pictures on the disk; 0: none")
     parser.add_argument("--cache-mb", type=int, default=600)
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--seconds", type=float, default=1800, help="of outer steps at most")
@@ -227,9 +291,7 @@ def main() -> None:
     try:
         if not (data / shards.MANIFEST).exists():
             began = time.perf_counter()
-            write_random_images(
-                data, max(round(options.gb * 1e9 / CLASS_BYTES), 2 * HELD_OUT + 2 * options.window_classes)
-            )
+            write_set(data, options)
             print(f"written in {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
         forget(data)
         result = in_a_process_of_its_own(data, sys.argv[1:])
@@ -248,6 +310,8 @@ def main() -> None:
     finally:
         if scratch:
             shutil.rmtree(scratch)
+        else:
+            shutil.rmtree(decoded_beside(data), ignore_errors=True)
 
 
 if __name__ == "__main__":

@@ -20,10 +20,11 @@ from pipeline.config import validate
 from pipeline.errors import TrainingStopped
 from pipeline.experiment import Experiment
 from pipeline.tasks.images import ImagesConfig, ImageTasks
+from pipeline.tasks.shards import verify
 from pipeline.training.context import Context, run_processes
 from pipeline.training.loop import train_worker
 from tests import faults
-from tests.benchmarks.larger_than_memory import forget, memory_now, write_random_images
+from tests.benchmarks.larger_than_memory import forget, memory_now, random_pictures, write_pictures, write_random_images
 from tests.benchmarks.measuring import in_fresh_process
 from tests.faults import assert_same_end, open_run, run_to_end
 
@@ -80,6 +81,19 @@ def test_a_tenth_of_its_size_is_memory_enough(tmp_path: Path) -> None:
     assert digests == [digest(in_memory, step) for step in range(STEPS)]
     assert len(set(digests)) == STEPS
     assert whole == "MemoryError"  # the limit is one
+
+
+def test_pictures_are_decoded_as_they_are_read(tmp_path: Path) -> None:
+    write_pictures(tmp_path / "set", random_pictures(8, 84), 60)
+    verify(tmp_path / "set")
+    data, kept = str(tmp_path / "set"), tmp_path / "decoded"
+    window: dict[str, Any] = {"window": {"classes": 6, "steps": 2}, "cache_mb": 3, "decoded_cache": str(kept)}
+    windowed, in_memory = (family_of(data, **window, memory_limit_mb=mb) for mb in (0, 1000))
+    for step in range(6):
+        assert digest(windowed, step) == digest(in_memory, step)
+        cache = windowed._images.cache  # type: ignore[attr-defined]
+        assert cache.nbytes <= cache.capacity
+    assert len(list(kept.iterdir())) > 12
 
 
 KILLED_AT, CHECKPOINTS_EVERY, WINDOW_STEPS = 11, 5, 7  # it goes on from step 10, the fourth of the second window
