@@ -20,6 +20,7 @@ Shapes: E episodes · W n_way · Q queries of an episode · C classes · G group
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +31,7 @@ from pipeline import class_pictures
 from pipeline.errors import ConfigError
 from pipeline.tasks.classes import ClassTasks
 from pipeline.tasks.images import ImageTasks
+from pipeline.tasks.mixture import MixtureTasks
 from pipeline.training.evaluate import MODES, Evaluation
 from pipeline.types import Normalization, TaskFamily
 
@@ -217,19 +219,32 @@ def write(evaluation: Evaluation, family: ClassTasks, folder: Path, *, mode: Nor
     return ours
 
 
-def metrics(ours: ClassReport) -> dict[str, float]:
-    """The few numbers that compare runs."""
+def by_set(evaluation: Evaluation, family: TaskFamily, folder: Path) -> Iterator[tuple[str, Evaluation, Any, Path]]:
+    """Of a mixture each data set's name, episodes, family and folder, sets/NAME; else "" and what was given."""
+    if not isinstance(family, MixtureTasks):
+        yield "", evaluation, family, folder
+        return
+    for (name, own), of_set in zip(evaluation.of_sets().items(), family.families, strict=False):
+        place = folder / "sets" / name
+        place.mkdir(parents=True, exist_ok=True)
+        yield name, own, of_set, place
+
+
+def metrics(ours: ClassReport, of_set: str = "") -> dict[str, float]:
+    """The few numbers that compare runs. of_set: the data set's name, in a mixture."""
     hardest, group = ours.hardest_classes()[0], ours.hardest_groups()[0]
+    test = f"test_{of_set}" if of_set else "test"
     return {
-        f"test_hardest_class_accuracy_{ours.mode}": float(ours.of_class.share[hardest]),
-        f"test_hardest_group_accuracy_{ours.mode}": float(ours.of_group.share[group]),
+        f"{test}_hardest_class_accuracy_{ours.mode}": float(ours.of_class.share[hardest]),
+        f"{test}_hardest_group_accuracy_{ours.mode}": float(ours.of_group.share[group]),
     }
 
 
-def tags(ours: ClassReport) -> dict[str, str]:
+def tags(ours: ClassReport, of_set: str = "") -> dict[str, str]:
     """Their names."""
     hardest, group = ours.hardest_classes()[0], ours.hardest_groups()[0]
-    named = {"hardest.class": ours.names[hardest], "hardest.group": ours.groups[group]}
+    named = {"class": ours.names[hardest], "group": ours.groups[group]}
     if ours.pairs:
-        named["hardest.pair"] = " | ".join(ours.pairs[0]["classes"])
-    return named
+        named["pair"] = " | ".join(ours.pairs[0]["classes"])
+    kind = f"hardest.{of_set}" if of_set else "hardest"
+    return {f"{kind}.{of}": name for of, name in named.items()}

@@ -247,7 +247,7 @@ def evaluate_run(exp: Experiment, run: RunFolder, parts: Components, log: RunLog
         chunk=chunk,
         keep_predictions=True,
     )
-    classes = None
+    classes: dict[str, class_report.ClassReport] = {}
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         content = {**test.to_dict(), "checkpoint_step": step}
@@ -262,22 +262,22 @@ def evaluate_run(exp: Experiment, run: RunFolder, parts: Components, log: RunLog
         if moved is not None:
             (folder / "movement.json").write_text(json.dumps(moved.to_dict(), indent=1) + "\n")
             pictures.movement(moved, folder / "movement.png")
-        if isinstance(parts.family, ImageTasks):
-            slots = parts.family.alike("meta_val", torch.arange(4))[0]
-            batch = parts.family.sample("meta_val", 0, slots, seed=SELECTION_SEED)
-            pictures.episodes(batch, folder / "episodes.png")
-        if isinstance(parts.family, ClassTasks):
-            classes = class_report.write(test, parts.family, folder, mode=exp.evaluation.selection_mode)
+        for name, own, family, place in class_report.by_set(test, parts.family, folder):
+            if isinstance(family, ImageTasks):
+                slots = family.alike("meta_val", torch.arange(4))[0]
+                pictures.episodes(family.sample("meta_val", 0, slots, seed=SELECTION_SEED), place / "episodes.png")
+            if isinstance(family, ClassTasks):
+                classes[name] = class_report.write(own, family, place, mode=exp.evaluation.selection_mode)
         further = _curves(exp, parts, state, folder)
         storage.copy_folder(folder, run.evaluation)
         log.artifacts(folder, "evaluation")
     summary = summarize(test, "test") | (moved.metrics() if moved else {}) | further
-    if classes:
-        summary |= class_report.metrics(classes)
+    for name, told in classes.items():
+        summary |= class_report.metrics(told, name)
     log.summary(summary, step=exp.training.steps)
     log.tags({"checkpoint.best_step": str(step), "checkpoint.folder": str(run.checkpoints.path(step))})
-    if classes:
-        log.tags(class_report.tags(classes))
+    for name, told in classes.items():
+        log.tags(class_report.tags(told, name))
     return test
 
 

@@ -119,7 +119,7 @@ class Evaluation:
                 scores=self.scores[number::count],
                 losses=self.losses[number::count],
                 task=self.task.get("sets", {}).get(name, self.task),
-                predictions=None,
+                predictions=self.predictions and Predictions(*(part[number::count] for part in self.predictions)),
                 curve_episodes=None if first is None else len(range(number, first, count)),
                 sets=(),
             )

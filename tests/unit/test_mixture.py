@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 import torch
 from mlflow.utils.validation import _validate_param_name
 
-from pipeline import config, placement
+from pipeline import class_report, config, placement, workflow
 from pipeline import experiment as experiments
 from pipeline.config import validate
 from pipeline.errors import ConfigError
@@ -153,3 +154,54 @@ def test_keys_of_a_set_are_set_and_found(tiny_data: Path, tmp_path: Path) -> Non
         config.apply_overrides(content, ["task.sets[2].weight=5"])
     with pytest.raises(ConfigError, match=r"task\.sets\[1\]\.task\.data=elsewhere: on the cluster"):
         placement.check_storage(exp)
+
+
+def test_a_run_tells_the_hard_classes_of_each_set(tiny_data: Path, other_data: Path, tmp_path: Path) -> None:
+    """As if it had been evaluated alone: reports, episode pictures, metrics and tags."""
+
+    class Log:
+        def __init__(self) -> None:
+            self.told: dict[str, Any] = {}
+
+        def artifacts(self, folder: Path, place: str) -> None:
+            self.files = {str(file.relative_to(folder)) for file in folder.rglob("*") if file.is_file()}
+
+        def summary(self, metrics: dict[str, float], *, step: int) -> None:
+            self.told |= metrics
+
+        def tags(self, tags: dict[str, str]) -> None:
+            self.told |= tags
+
+    exp = experiment(tmp_path, images(tiny_data, eval_n_way=3), images(other_data), steps=2, validate_every=2)
+    content = exp.to_dict()
+    content["evaluation"]["test_episodes"] = 31
+    exp = experiments.from_dict(content, source="test")
+    run, log = faults.open_run(exp), Log()
+    train(LocalContext(), exp, run)
+    parts = experiments.build(exp, device=CPU)
+    assert isinstance(parts.family, MixtureTasks)
+    test = workflow.evaluate_run(exp, run, parts, log, "x")  # type: ignore[arg-type]
+    for name, family in zip(("set0", "set1"), parts.family.families, strict=True):
+        files = {"classes.json", "classes.png", "groups.png", "confusions.png", "episodes.png"}
+        assert {f"sets/{name}/{file}" for file in files} <= log.files
+        content = json.loads((run.evaluation / "sets" / name / "classes.json").read_text())
+        own = test.of_sets()[name]
+        alone = evaluate(
+            parts.algorithm,
+            family,
+            workflow.best_checkpoint(run)[1],
+            split="meta_test",
+            seed=test.seed,
+            episodes=own.episodes,
+            data_digest="x",
+            chunk=None,
+            keep_predictions=True,
+        )
+        assert isinstance(family, ImageTasks)
+        ours = class_report.report(alone, family, "inductive")
+        assert content["inductive"] == ours.to_dict()
+        assert (
+            log.told[f"test_{name}_hardest_class_accuracy_inductive"] == content["inductive"]["classes"][0]["accuracy"]
+        )
+        assert log.told[f"hardest.{name}.class"] == content["inductive"]["classes"][0]["name"]
+    assert "classes.json" not in log.files
