@@ -39,7 +39,7 @@ from pipeline.models.mlp import affine, init_affine
 from pipeline.storage import absolute
 from pipeline.types import Inputs, Params, Statistics
 
-SHORTEST = 1e-12  # a bag's squared length below which it is taken for empty: its features are minus the center
+SHORTEST = 1e-12  # a bag's squared length below which it is taken for empty
 
 
 class TextConfig(Section):
@@ -162,10 +162,11 @@ class Text:
             dropped = uniform(keys, x[0].numel()).view(x.shape) < self.config.dropout
             rows = rows.masked_fill(dropped, PADDING)
         h = self.bags(params["embedding.weight"], rows)
-        if self.config.center:
-            h = unit_length(h) - params["center"].unsqueeze(1)
+        number = (rows != PADDING).sum(dim=-1, keepdim=True)
+        if self.config.center:  # a text without tokens stays zero: where it pointed otherwise would be chance
+            h = unit_length(h) - (number > 0).to(self.dtype) * params["center"].unsqueeze(1)
         else:
-            h = h * (rows != PADDING).sum(dim=-1, keepdim=True).clamp_min(1).to(self.dtype).rsqrt()
+            h = h * number.clamp_min(1).to(self.dtype).rsqrt()
         for name in self._layers:
             h = F.relu(affine(params, name, h))
         return h, {}

@@ -73,7 +73,7 @@ def test_features_of_an_encoder_from_a_file(home: Path, tmp_path: Path) -> None:
 
 
 def test_texts_over_http(home: Path, tmp_path: Path) -> None:
-    """Trained from TF-IDF, compiled steps apart; `mlflow models serve` answers to raw sentences."""
+    """Trained from TF-IDF; `mlflow models serve` answers to raw sentences."""
     file, _ = embedded(tmp_path)
     train(
         home,
