@@ -135,3 +135,13 @@ def test_vectors_of_words_need_words(tmp_path: Path) -> None:
     exp = experiment(data, {"embedding": 3, "vectors": "v.txt"}, tokens={"words": None, "characters": [3, 3]})
     with pytest.raises(ConfigError, match=r"task\.tokens\.words is None"):
         initial.resolve(exp)
+
+
+def test_a_data_set_that_is_read_in_windows_gives_the_same_start(tmp_path: Path) -> None:
+    data = write_texts(tmp_path / "data", common_and_own_words)
+    model = {"start": "tfidf", "center": True, "buckets": 64}
+    _, whole, _ = started(experiment(data, model))
+    windows = {"memory_limit_mb": 0, "window": {"classes": 2, "steps": 3}}
+    _, read, _ = started(experiment(data, model, **windows))
+    assert whole.keys() == read.keys()
+    assert all(torch.equal(read[name], value) for name, value in whole.items())
