@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
@@ -9,17 +11,31 @@ from typing import TypeVar
 ResultT = TypeVar("ResultT")
 
 
-def one_ahead(calls: Iterable[Callable[[], ResultT]]) -> Generator[ResultT, None, None]:
-    """What the calls return, in order; while one result is used, the next call is made.
+def results(
+    calls: Iterable[Callable[[], ResultT]], *, ahead: bool, waited: Callable[[float], object] = lambda seconds: None
+) -> Generator[ResultT, None, None]:
+    """What the calls return, in order. ahead: while one result is used, a thread makes the next call.
 
-    A call is taken from `calls` in the caller's own thread, when the result before it is asked for. Raises what a call
-    does when its result is asked for.
+    A call is taken from `calls` in the caller's own thread, at the latest when its result is asked for; ahead: when the
+    result before it is. waited: is told for how many seconds a result was waited for. Raises what a call does when its
+    result is asked for.
     """
+
+    def timed(call: Callable[[], ResultT]) -> ResultT:
+        asked = time.perf_counter()
+        result = call()
+        waited(time.perf_counter() - asked)
+        return result
+
+    if not ahead:
+        yield from map(timed, calls)
+        return
     with ThreadPoolExecutor(max_workers=1, thread_name_prefix="prefetch") as pool:
-        ahead: Future[ResultT] | None = None
+        coming: deque[Future[ResultT]] = deque()
         for call in calls:
-            earlier, ahead = ahead, pool.submit(call)
-            if earlier is not None:
-                yield earlier.result()
-        if ahead is not None:
-            yield ahead.result()
+            # before the next call begins, which would take the interpreter's lock from whoever has no need to wait
+            there = [timed(coming.popleft().result)] if coming else []
+            coming.append(pool.submit(call))
+            yield from there
+        while coming:
+            yield timed(coming.popleft().result)

@@ -9,7 +9,7 @@ Shapes: E episodes · M normalization modes · K + 1 adaptation steps, step 0 be
 from __future__ import annotations
 
 import math
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.training.ahead import one_ahead
+from pipeline.training.ahead import results
 from pipeline.training.context import Context, LocalContext
 from pipeline.types import Algorithm, MetaState, Normalization, Split, TaskBatch, TaskFamily
 
@@ -169,9 +169,7 @@ def episode_batches(
     """
     groups = [alike for some in slots.split(chunk or EPISODES_AT_ONCE) for alike in family.alike(split, some)]
     draws = [partial(family.sample, split, 0, alike, seed=seed) for alike in groups]
-    batches: Generator[TaskBatch, None, None]
-    batches = one_ahead(draws) if family.prefetch else (draw() for draw in draws)
-    with closing(batches):
+    with closing(results(draws, ahead=family.prefetch)) as batches:
         yield from zip(groups, batches, strict=True)
 
 

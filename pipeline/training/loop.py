@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +19,7 @@ from pipeline.experiment import Components, Experiment
 from pipeline.runs import RunFolder
 from pipeline.training import hardware, outer
 from pipeline.training import plan as plans
-from pipeline.training.ahead import one_ahead
+from pipeline.training.ahead import results
 from pipeline.training.checkpoint import TrainState
 from pipeline.training.compiled import Compiled
 from pipeline.training.context import Context
@@ -194,17 +194,12 @@ def _training_batches(
             return parts.family.sample("meta_train", step, slots, seed=experiment.seed)
         return parts.family.sample("meta_train", step, on_device, seed=experiment.seed, weights=weights)
 
+    def waited(seconds: float) -> None:
+        clock.data_seconds = seconds
+
     draws = (partial(draw, step, weights(step)) for step in range(state.step, experiment.training.steps))
-    batches: Generator[TaskBatch, None, None]
-    batches = one_ahead(draws) if parts.family.prefetch else (each() for each in draws)
-    with closing(batches):
-        while True:
-            asked = time.perf_counter()
-            batch = next(batches, None)
-            clock.data_seconds = time.perf_counter() - asked
-            if batch is None:
-                return
-            yield batch
+    with closing(results(draws, ahead=parts.family.prefetch, waited=waited)) as batches:
+        yield from batches
 
 
 @dataclass

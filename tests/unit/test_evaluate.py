@@ -14,7 +14,7 @@ import torch
 from pipeline import experiment as experiments
 from pipeline.errors import ConfigError, DataError
 from pipeline.experiment import Experiment
-from pipeline.training.ahead import one_ahead
+from pipeline.training.ahead import results
 from pipeline.training.context import LocalContext
 from pipeline.training.evaluate import Estimate, Evaluation, episode_batches, evaluate
 from pipeline.training.loop import train
@@ -145,15 +145,17 @@ def test_what_cannot_be_read_ahead_stops_whoever_asks_for_it() -> None:
             taken.append((number, len(done)))
             yield partial(call, number)
 
-    results = one_ahead(calls())
+    waits: list[float] = []
+    found = results(calls(), ahead=True, waited=waits.append)
     for result in (0, 1):
-        assert next(results) == result
+        assert next(found) == result
         done.append(result)
     with pytest.raises(DataError, match="shard 2"):
-        next(results)
+        next(found)
     assert taken == [(0, 0), (1, 0), (2, 1), (3, 2)]  # one before it is needed, and none earlier
-    assert list(one_ahead([])) == []
-    ahead = one_ahead(iter([partial(call, 5), partial(call, 2)]))
+    assert len(waits) == 2
+    assert list(results([], ahead=True)) == []
+    ahead = results([partial(call, 5), partial(call, 2)], ahead=True)
     assert next(ahead) == 5
     ahead.close()
     assert not any(thread.name.startswith("prefetch") for thread in threading.enumerate())
