@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.datasets.class_lists import by_lists, read_class_lists
-from pipeline.datasets.source import Examples, Original, Problem, RawClass, Source
+from pipeline.datasets.source import Examples, Original, Problem, Put, RawClass, Source
 from pipeline.datasets.splits import all_in, group_split, random_split
 from pipeline.types import Split
 
@@ -34,7 +34,7 @@ class Chosen(Source):
         """Raises DataError: lists that are none, or name what is not there."""
         self.source = source
         self.modality, self.preprocessing = source.modality, source.preprocessing
-        self.columns, self.shape = source.columns, source.shape
+        self.columns, self.shape, self.copies = source.columns, source.shape, source.copies
         self._shares, self._all_test = shares, all_test
         self._lists = str(lists)
         self._group_of: dict[str, str] | None = None
@@ -42,6 +42,9 @@ class Chosen(Source):
         if lists is not None:
             given = read_class_lists(lists)
             self._listed = by_lists(self._groups(), given, source=self._lists)
+
+    def work_in(self, folder: Path) -> None:
+        self.source.work_in(folder)
 
     def classes(self) -> Iterator[RawClass]:
         problems: list[Problem] = []
@@ -55,6 +58,9 @@ class Chosen(Source):
 
     def read(self, items: Sequence[Any]) -> tuple[Examples, list[Problem]]:
         return self.source.read(items)
+
+    def elsewhere(self, items: Sequence[Any], put: Put) -> Sequence[Any]:
+        return self.source.elsewhere(items, put)
 
     def splits(self, *, seed: int) -> dict[str, dict[str, Split]]:
         splits = self.source.splits(seed=seed)

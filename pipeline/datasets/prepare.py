@@ -6,7 +6,7 @@ the raw data.
 
 What was read stays in a hidden folder beside the place of the data set until that is whole. A command that was
 interrupted or killed goes on from there when it is run again, if its options are the same and the raw data is: what was
-read before must be the same items again, and files of the same size and time.
+read before must be the same items again, and files of the same size and time. A full disk stops it in the same way.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from pipeline.datasets import room
 from pipeline.datasets.near_duplicates import NearDuplicate, alike, mean_image
 from pipeline.datasets.reading import Chunk, ClassPart, Reader, mark_of, read_chunks
 from pipeline.datasets.source import Examples, Problem, RawClass, Source
@@ -32,6 +33,7 @@ from pipeline.types import Split
 REPORTED_PAIRS = 50  # near-duplicate pairs listed in the manifest; their number is recorded whole
 REPORTED_PROBLEMS = 50  # bad items and classes left out, listed in the manifest
 PROTOTYPE_IMAGES = 20  # of each class, whose mean is kept for the comparison
+OWN_FILES = "source"  # folder of what the source keeps while it is read
 CHUNK_ITEMS = 64  # that a process reads at once
 
 
@@ -65,11 +67,17 @@ def prepare(
     reads; `on_ray.read_chunks` has a cluster do it. progress: told of every class, and of every chunk of a large one.
 
     Raises DataError (see shards.write), and with `strict` one that names the first items that could not be read.
+    Unfinished: the disk is full, or a process or node was lost.
     """
     shards.check_free(out, overwrite=overwrite)  # before minutes of reading
     splits = source.splits(seed=seed)
     key = _key(source, record, seed, min_examples)
-    with shards.staged(out, overwrite=overwrite, key=key) as place:
+    preparation: _Preparation | None = None
+    with (
+        shards.staged(out, overwrite=overwrite, key=key) as place,
+        room.told(place.folder, lambda: preparation.missing() if preparation else None, what="the data set"),
+    ):
+        source.work_in(place.folder / OWN_FILES)
         preparation = _Preparation(source, splits, place.folder, min_examples)
         try:
             preparation.run(reader, workers, progress)
@@ -87,6 +95,7 @@ def prepare(
         }
         content = preparation.writer.close()
         preparation.spool.discard()
+        shutil.rmtree(place.folder / OWN_FILES, ignore_errors=True)
         return place.publish(content, about), look_alikes
 
 
@@ -97,6 +106,7 @@ class _Preparation:
         self, source: Source, splits: Mapping[str, Mapping[str, Split]], folder: Path, min_examples: int
     ) -> None:
         self._source = source
+        self._num_classes = min(map(len, splits.values()), default=0)
         self._folder = folder
         self._min_examples = min_examples
         self.findings = _Findings()
@@ -144,10 +154,17 @@ class _Preparation:
             self.findings.end(part, count=self.writer.end(), min_examples=self._min_examples)
         return self.findings.progress
 
+    def missing(self) -> int | None:
+        """About how many bytes the classes take that are not written, if those that are tell anything."""
+        done = self.findings.progress.classes
+        written = sum(file.stat().st_size for file in (self._folder / "shards").iterdir())
+        return written * (self._num_classes - done) // done if done else None
+
     def forget(self) -> None:
         """Remove what was left."""
         self.spool.discard()
-        shutil.rmtree(self._folder / "shards", ignore_errors=True)
+        for name in ("shards", OWN_FILES):
+            shutil.rmtree(self._folder / name, ignore_errors=True)
 
 
 def _preprocessing(source: Source) -> dict[str, Any]:

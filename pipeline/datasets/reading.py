@@ -81,14 +81,15 @@ def read_chunks(source: Source, chunks: Iterator[Chunk], *, workers: int | None 
     """Every chunk with what was read of its parts, in order.
 
     workers: processes; None: one per CPU; 1: this one. What one or two chunks hold is read here, since processes take
-    seconds to start. Raises DataError: what `source.read` raises. Unfinished: a process was killed.
+    seconds to start, and so is what reading only copies. Raises DataError: what `source.read` raises. Unfinished: a
+    process was killed.
     """
     count = workers if workers is not None else len(os.sched_getaffinity(0))
     if count < 1:
         raise DataError(f"workers {count}: at least one process must read.")
     ahead = list(itertools.islice(chunks, 3))
     chunks = itertools.chain(ahead, chunks)
-    if count == 1 or len(ahead) < 3:
+    if count == 1 or source.copies or len(ahead) < 3:
         for chunk in chunks:
             yield chunk, read_chunk(source, chunk)
         return

@@ -6,7 +6,8 @@ references to its examples, and `read` turns some of them into arrays.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Protocol, TypeAlias
 
 import numpy as np
@@ -40,6 +41,9 @@ class Column(Section):
         if (self.kind == "categorical") != bool(self.categories):
             raise ValueError(f"column {self.name}: categories belong to categorical columns, and these need some")
         return self
+
+
+Put: TypeAlias = Callable[[Any], Callable[[], Any]]
 
 
 class RawClass(NamedTuple):
@@ -78,6 +82,15 @@ class Source(Protocol):
     shape: tuple[int, ...] | None = None
     # of one example, where it does not follow from the examples: [H, W, C] of an encoded image once it is preprocessed
 
+    copies: bool = False  # whether reading is no more than copying, which other processes would not do faster
+
+    def work_in(self, folder: Path) -> None:
+        """Use a folder for files of one's own, if any are needed; told before `classes`.
+
+        It is gone when the data set is whole. A preparation that goes on has it as the one before left it.
+        """
+        return
+
     def classes(self) -> Iterator[RawClass]:
         """Every class, in an order that depends on the raw data alone. Raises DataError: none, or no such data."""
         ...
@@ -89,6 +102,13 @@ class Source(Protocol):
         altogether (an archive, a server) is a DataError.
         """
         ...
+
+    def elsewhere(self, items: Sequence[Any], put: Put) -> Sequence[Any]:
+        """The items as another machine can read them, which may see the raw data but not the folder of `work_in`.
+
+        put: keeps a value where that machine can get it, and returns what gets it.
+        """
+        return items
 
     def class_groups(self) -> dict[str, str]:
         """Class name -> group, in the order of `classes`."""

@@ -1,10 +1,16 @@
 """Preparation by tasks of a Ray cluster: the same bytes as here, and a node without the raw data is an error."""
 
+import io
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
@@ -15,6 +21,8 @@ from pipeline.datasets.preprocessing import Preprocessing
 from pipeline.errors import DataError, Unfinished
 from pipeline.tasks import shards
 from tests.made import Fatal
+
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture
@@ -61,3 +69,39 @@ def test_a_task_that_dies(ray_cluster: None, tmp_path: Path, monkeypatch: pytest
         prepare.prepare(
             Fatal([2, 2], trace=str(os.getpid())), tmp_path / "out", record={}, reader=on_ray.read_chunks, workers=1
         )
+
+
+OWN_DISK = """
+mount -t tmpfs tmpfs "$1" && cp "$2" "$1/t.parquet" && cd "$1" || exit 77
+shift 2
+"$@" --out out && cp -r out ../cluster
+"""
+
+
+def test_pictures_of_a_table_reach_nodes_that_see_no_file_of_this_process(ray_cluster: None, tmp_path: Path) -> None:
+    """The command has a disk of its own: a mount that the cluster's processes do not see."""
+    import ray
+
+    def encoded(number: int) -> bytes:
+        pixels = np.random.default_rng(number).integers(0, 256, (20, 16, 3), np.uint8)
+        Image.fromarray(pixels).save(stream := io.BytesIO(), "PNG")
+        return stream.getvalue()
+
+    files = [b"no picture" if i == 7 else encoded(i) for i in range(300)]
+    labels = [None if i == 9 else f"class{i % 10}" for i in range(300)]
+    pq.write_table(pa.table({"image": files, "label": labels}), tmp_path / "t.parquet")
+    prepared = [sys.executable, "-m", "jobs.cli", "data", "prepare", "parquet", "t.parquet", "--image", "image"]
+    prepared += ["--size", "16", "--no-card"]
+    (tmp_path / "own").mkdir()
+    alone = ["unshare", "--mount", "--propagation", "private", "sh", "-c", OWN_DISK, "sh", "own", "t.parquet"]
+    environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
+    how: dict[str, Any] = {"cwd": tmp_path, "env": environment, "capture_output": True, "text": True}
+    there = subprocess.run([*alone, *prepared, "--address", environment["RAY_ADDRESS"]], **how)
+    if there.returncode in (1, 77) and "jobs" not in there.stderr and not there.stdout:
+        pytest.skip(f"no disk can be mounted here that others do not see: {there.stderr}")
+    assert there.returncode == 0, there.stderr
+    assert not any((tmp_path / "own").iterdir())
+    here = subprocess.run([*prepared, "--out", "here"], **how)
+    assert here.returncode == 0, here.stderr
+    assert bytes_of(tmp_path / "cluster") == bytes_of(tmp_path / "here")
+    assert shards.verify(tmp_path / "here").num_examples == 298

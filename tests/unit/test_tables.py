@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import os
 import pickle
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +20,15 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from pipeline.datasets import prepare as preparing
-from pipeline.datasets import tables
+from pipeline.datasets import room, tables
 from pipeline.datasets.chosen import Chosen
 from pipeline.datasets.prepare import prepare
 from pipeline.datasets.sources import read_options
-from pipeline.errors import ConfigError, DataError
+from pipeline.datasets.tables.source import Table
+from pipeline.errors import ConfigError, DataError, Unfinished
 from pipeline.tasks import shards
+from pipeline.tasks.shards import spool
+from tests.disks import enlarge, largest_file, small_disk
 
 
 def prepared(name: str, place: Path, out: Path, *, workers: int = 1, strict: bool = False, **options: Any) -> Any:
@@ -221,19 +226,22 @@ def test_files_that_are_no_tables_are_refused(tmp_path: Path) -> None:
             prepared(name, tmp_path / file, tmp_path / "out")
 
 
-def test_a_copy_for_another_process_is_small_and_the_sorted_rows_go_with_the_table(tmp_path: Path) -> None:
+def test_a_copy_for_another_process_is_small_and_the_sorted_rows_go_with_the_preparation(tmp_path: Path) -> None:
     rows = [["ab"[i % 2], i] for i in range(2000)]
     file = write_csv(tmp_path / "t.csv", [["label", "x"], *rows])
     source = read_options("csv", {"directory": file}).open(seed=0)
+    source.work_in(tmp_path / "own")
     first, _ = source.classes()
     items = list(first.items)
     copy = pickle.dumps(source)
     assert len(copy) < 1000
     np.testing.assert_array_equal(pickle.loads(copy).read(items)[0], source.read(items)[0])
-    folder = source._folder
-    assert any(folder.iterdir())
-    del source
-    assert not folder.exists()
+    seen: list[Path] = []
+    given = {"record": {}, "workers": 1, "progress": lambda _: seen.extend(tmp_path.glob(".out.partial-*/source/*"))}
+    prepare(source, tmp_path / "out", **given)
+    assert {file.name for file in seen} == {"rows.f32", "whole.json"}
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "own", "t.csv"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [shards.MANIFEST, "shards"]
 
 
 def test_rows_of_a_table_that_was_edited_are_not_mixed_with_those_before(
@@ -325,7 +333,8 @@ def test_a_label_that_is_nan_is_missing(tmp_path: Path) -> None:
 
 def test_items_of_pictures_are_bounded_by_what_they_decode_to(tmp_path: Path) -> None:
     pq.write_table(pa.table({"image": [picture(1)] * 10, "label": ["a"] * 10}), tmp_path / "t.parquet")
-    source = read_options("parquet", {"directory": tmp_path / "t.parquet", "image": "image", "size": 400}).open(seed=0)
+    source = read_options("parquet", {"directory": tmp_path / "t.parquet", "image": "image", "size": 100}).open(seed=0)
+    source.work_in(tmp_path / "own")
     (only,) = source.classes()
     items = list(only.items)
     assert [item.stop - item.start for item in items] == [2] * 5
@@ -345,3 +354,69 @@ def test_parquet_batches_are_short_where_rows_are_large(tmp_path: Path, monkeypa
     assert max(len(batch.numbers) for batch in found[-3:]) == 3
     assert sum(len(batch.numbers) for batch in found[:-3]) == 16
     assert np.concatenate([batch.numbers for batch in found]).tolist() == list(range(1, 25))
+
+
+# --- disks that are full
+
+
+def wide_table(file: Path, rows: int = 1000) -> Path:
+    values = np.random.default_rng(0).normal(size=(40, rows)).astype(np.float32)
+    columns = {f"x{i}": column for i, column in enumerate(values)}
+    pq.write_table(pa.table({"label": [f"c{i % 10}" for i in range(rows)], **columns}), file)
+    return file
+
+
+def bytes_of(folder: Path) -> dict[str, bytes]:
+    return {str(f.relative_to(folder)): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}
+
+
+def test_room_for_the_sorted_rows_is_taken_before_they_are_written(tmp_path: Path) -> None:
+    file = wide_table(tmp_path / "t.parquet")
+    with (
+        largest_file(100_000),
+        pytest.raises(Unfinished, match=r"no room for the table's rows.*160\.0 kB are needed.*Make room on that disk"),
+    ):
+        prepared("parquet", file, tmp_path / "out")
+    (left,) = tmp_path.glob(".out.partial-*")
+    assert not (left / "source").exists(), "what is of no use kept its room"
+    prepared("parquet", file, tmp_path / "out")
+    prepared("parquet", file, tmp_path / "whole")
+    assert bytes_of(tmp_path / "out") == bytes_of(tmp_path / "whole")
+
+
+def test_a_file_system_without_reservations_is_asked_how_much_is_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any) -> None:
+        raise OSError(errno.EOPNOTSUPP, os.strerror(errno.EOPNOTSUPP))
+
+    monkeypatch.setattr(os, "posix_fallocate", refuse)
+    with (tmp_path / "file").open("wb") as file:
+        room.reserve(file.fileno(), 1000)
+        with pytest.raises(OSError, match="No space left"):
+            room.reserve(file.fileno(), 1 << 60)
+    table = wide_table(tmp_path / "t.parquet")
+    with largest_file(100_000), pytest.raises(Unfinished, match="no room for the table's rows"):
+        prepared("parquet", table, tmp_path / "out")
+
+
+@pytest.mark.parametrize("kilobytes", [100, 220, 320])
+def test_a_full_disk_stops_the_preparation_and_room_lets_it_go_on(
+    tmp_path: Path, kilobytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Full at the sorted rows, and at the data set beside them, which does not have them sorted again."""
+    monkeypatch.setattr(preparing, "CHUNK_ITEMS", 1)
+    monkeypatch.setattr(shards, "ShardWriter", partial(shards.ShardWriter, row_group_bytes=8000, shard_bytes=30_000))
+    monkeypatch.setattr(spool, "SEGMENT_BYTES", 20_000)
+    file = wide_table(tmp_path / "t.parquet")
+    with small_disk(tmp_path / "small", kilobytes=kilobytes) as disk:
+        with pytest.raises(Unfinished, match=r"small/\.out\.partial.*no room for.*No space left.*are needed.* free"):
+            prepared("parquet", file, disk / "out")
+        enlarge(disk, kilobytes=4000)
+        sorted_again: list[Any] = []
+        monkeypatch.setattr(Table, "_sort", lambda *given, _sort=Table._sort: sorted_again.append(1) or _sort(*given))
+        prepared("parquet", file, disk / "out")
+        assert bool(sorted_again) == (kilobytes == 100)
+        prepared("parquet", file, tmp_path / "whole")
+        assert bytes_of(disk / "out") == bytes_of(tmp_path / "whole")
+        assert [path.name for path in disk.iterdir()] == ["out"]

@@ -17,6 +17,7 @@ from pipeline.errors import DataError
 
 BATCH_ROWS = 16_384  # of a Parquet file, at most
 BATCH_BYTES = 32 << 20  # that they take in the file before compression, about
+BUFFER_BYTES = 1 << 20  # of each column of a Parquet file
 BLOCK_BYTES = 2 << 20  # of a CSV file: a row may not be longer, and Arrow reads up to 32 blocks ahead
 CSV_SUFFIXES = (".csv", ".tsv", ".txt", ".csv.gz", ".tsv.gz", ".csv.bz2", ".csv.zst")
 PARQUET_SUFFIXES = (".parquet", ".pq")
@@ -115,7 +116,8 @@ class ParquetFiles:
 
     def _open(self, file: Path) -> pq.ParquetFile:
         try:
-            return pq.ParquetFile(file, memory_map=True)
+            # not mapped, or a file that is cut short meanwhile ends the process; buffered, or row groups are read whole
+            return pq.ParquetFile(file, buffer_size=BUFFER_BYTES, pre_buffer=False)
         except (pa.ArrowException, OSError) as error:
             raise DataError(f"{file}: not a Parquet file that can be read ({_short(error)}).") from error
 

@@ -8,13 +8,10 @@ from __future__ import annotations
 
 import hashlib
 import io
+import itertools
 import json
-import os
-import shutil
-import tempfile
-import weakref
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -24,7 +21,7 @@ import pyarrow as pa
 from pydantic import Field
 
 from pipeline.datasets.preprocessing import Preprocessing, decode_picture
-from pipeline.datasets.source import Column, Examples, Modality, Problem, RawClass, Source
+from pipeline.datasets.source import Column, Examples, Modality, Problem, Put, RawClass, Source
 from pipeline.datasets.sources import FolderOptions
 from pipeline.datasets.splits import class_splits
 from pipeline.datasets.tables import scanning, sorting
@@ -110,11 +107,14 @@ class Table(Source):
             channels: Literal[1, 3] = 3 if options.kind == "photo" else 1
             self.preprocessing = Preprocessing(kind=options.kind, size=options.size, channels=channels)
         self.modality: Modality = "text" if options.text else "image" if options.image else "vector"
-        self._folder = Path(tempfile.mkdtemp(prefix="metapipe-table-"))
-        weakref.finalize(self, _remove, self._folder, os.getpid())
+        self.copies = options.image is None
+        self._folder: Path | None = None
 
     def __getstate__(self) -> dict[str, Any]:  # of a copy in another process, which only reads
-        return {name: self.__dict__.get(name) for name in ("_folder", "modality", "preprocessing")}
+        return {name: self.__dict__.get(name) for name in ("_folder", "copies", "modality", "preprocessing")}
+
+    def work_in(self, folder: Path) -> None:
+        self._folder = folder  # of the sorted rows
 
     @property
     def columns(self) -> Sequence[Column]:  # type: ignore[override]
@@ -130,15 +130,26 @@ class Table(Source):
         return class_splits(self.class_groups(), seed=seed)
 
     def classes(self) -> Iterator[RawClass]:
-        rows, problems = self._sort()
+        rows = self._sorted()
+        told = rows.problem_files  # of rows without a class too, with the first one
         for class_id, (name, group) in enumerate(self._scan.classes):
-            items: list[sorting.Item] = [*rows.items(class_id)]
-            if class_id == 0:  # rows without a class are told of with the first one
-                items = [*problems, *items]
-            yield RawClass(name, group, items)
+            yield RawClass(name, group, itertools.chain(told, rows.items(class_id)))
+            told = []
 
     def read(self, items: Sequence[Any]) -> tuple[Examples, list[Problem]]:
         return _read(self._folder, self.modality, self.preprocessing, items)
+
+    def elsewhere(self, items: Sequence[Any], put: Put) -> Sequence[Any]:
+        assert self._folder is not None
+        found: list[Any] = []
+        for item in items:
+            if isinstance(item, sorting.RowRange):
+                found.append(_Sent(item, put(_rows_of(self._folder, item))))
+            elif isinstance(item, sorting.ProblemFile):
+                found += sorting.read_problems(self._folder, item)
+            else:
+                found.append(item)
+        return found
 
     @cached_property
     def _scan(self) -> _Scan:
@@ -177,8 +188,9 @@ class Table(Source):
             raise DataError(f"{self._table.files[0]}: no column beside the label is left to be the examples.")
         return _Scan(names, [counts[k] for k in keys], [sizes[k] for k in keys], columns, scans)
 
-    def _sort(self) -> tuple[sorting.SortedRows, list[sorting.ProblemFile]]:
-        """The second reading."""
+    def _sorted(self) -> sorting.SortedRows:
+        """The rows class by class: by a second reading, or as an interrupted preparation left them."""
+        assert self._folder is not None, "work_in comes first"
         scan = self._scan
         numbers = {name: i for i, (name, _) in enumerate(scan.classes)}
         width = 0 if self._content else len(scan.columns)
@@ -186,22 +198,30 @@ class Table(Source):
         if isinstance(self.preprocessing, Preprocessing):
             decoded = self.preprocessing.size**2 * self.preprocessing.channels
         rows = sorting.SortedRows(self._folder, scan.counts, width=width, sizes=scan.sizes, decoded=decoded)
-        for batch in self._batches():
-            members, reasons = self._members(batch)
-            if self._content:
-                contents, bad = self._contents(batch)
-            else:
-                vectors, bad = self._vectors(batch)
-            reasons = {**bad, **reasons}
-            kept = np.array([i for i in range(len(members)) if i not in reasons], dtype=np.int64)
-            classes = np.array([numbers[self._name(members[i])] for i in kept], dtype=np.int64)
-            if self._content:
-                rows.add_contents(classes, [contents[i] or b"" for i in kept])
-            else:
-                rows.add_vectors(classes, vectors[kept])
-            named = [Problem(f"{batch.file.name}: row {batch.numbers[i]}", reasons[i]) for i in sorted(reasons)]
-            rows.add_problems([*batch.problems, *named])
-        return rows, rows.finish()
+        if not rows.whole:
+            with rows.writing():
+                for batch in self._batches():
+                    if _version(self._table.files) != self._version:  # its rows have no places
+                        raise DataError(f"{self._options.directory}: was changed while it was read. Run it again.")
+                    self._sort(batch, rows, numbers)
+        return rows
+
+    def _sort(self, batch: Batch, rows: sorting.SortedRows, numbers: Mapping[str, int]) -> None:
+        """Put a batch's rows to the classes with these numbers."""
+        members, reasons = self._members(batch)
+        if self._content:
+            contents, bad = self._contents(batch)
+        else:
+            vectors, bad = self._vectors(batch)
+        reasons = {**bad, **reasons}
+        kept = np.array([i for i in range(len(members)) if i not in reasons], dtype=np.int64)
+        classes = np.array([numbers[self._name(members[i])] for i in kept], dtype=np.int64)
+        if self._content:
+            rows.add_contents(classes, [contents[i] or b"" for i in kept])
+        else:
+            rows.add_vectors(classes, vectors[kept])
+        named = [Problem(f"{batch.file.name}: row {batch.numbers[i]}", reasons[i]) for i in sorted(reasons)]
+        rows.add_problems([*batch.problems, *named])
 
     def _batches(self) -> Iterator[Batch]:
         options = self._options
@@ -271,21 +291,39 @@ class _Members(NamedTuple):
     reasons: dict[int, str]
 
 
-def _read(folder: Path, modality: Modality, preprocessing: Any, items: Sequence[Any]) -> tuple[Examples, list[Problem]]:
+class _Sent(NamedTuple):
+    """Rows on their way to another machine."""
+
+    rows: sorting.RowRange
+    get: Callable[[], Any]  # what `_rows_of` gives of them
+
+
+def _rows_of(folder: Path | None, rows: sorting.RowRange) -> Any:
+    """float32 [rows, width], or the contents."""
+    assert folder is not None
+    return sorting.read_vectors(folder, rows) if rows.width else sorting.read_contents(folder, rows)
+
+
+def _read(
+    folder: Path | None, modality: Modality, preprocessing: Any, items: Sequence[Any]
+) -> tuple[Examples, list[Problem]]:
     problems: list[Problem] = []
     vectors: list[np.ndarray] = []
     texts: list[str] = []
     for item in items:
         if isinstance(item, sorting.ProblemFile):
+            assert folder is not None
             problems += sorting.read_problems(folder, item)
-        elif modality == "vector":
-            vectors.append(sorting.read_vectors(folder, item))
+            continue
+        rows, content = (item.rows, item.get()) if isinstance(item, _Sent) else (item, _rows_of(folder, item))
+        if modality == "vector":
+            vectors.append(content)
         elif modality == "text":
-            texts += [content.decode() for content in sorting.read_contents(folder, item)]
+            texts += [text.decode() for text in content]
         else:
-            for number, content in enumerate(sorting.read_contents(folder, item), start=item.start):
+            for number, file in enumerate(content, start=rows.start):
                 try:
-                    picture = decode_picture(io.BytesIO(content), name=f"picture {number}")
+                    picture = decode_picture(io.BytesIO(file), name=f"picture {number}")
                     vectors.append(preprocessing(picture)[None])
                 except DataError as error:
                     problems.append(Problem(f"picture {number}", str(error)))
@@ -336,8 +374,3 @@ def _pictures(array: pa.Array, name: str) -> list[bytes | None]:
     if not scanning.is_binary(array.type):
         raise DataError(f"column {name!r}: of type {array.type}. Pictures are bytes, or a struct of bytes and path.")
     return array.to_pylist()
-
-
-def _remove(folder: Path, process: int) -> None:
-    if os.getpid() == process:  # and not a copy of it
-        shutil.rmtree(folder, ignore_errors=True)

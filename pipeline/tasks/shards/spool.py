@@ -53,14 +53,12 @@ class Spool:
         self._folder = folder
         self._modality = modality
         (folder / SPOOL).mkdir(exist_ok=True)
-        self.records = list(self._read_journal())
+        self.records = self._read_journal()
         self._ends: list[tuple[int, int]] = []  # of the segments that are there: number, rows that went before its end
         self._segment = -1
         self._rows = 0  # of all chunks, at most; those of classes that are left out are among them
         for record in self.records:
             self._count(record)
-        with (folder / JOURNAL).open("w", encoding="utf-8") as journal:  # without a line that was cut short
-            journal.writelines(json.dumps(record) + "\n" for record in self.records)
         self._journal = (folder / JOURNAL).open("a", encoding="utf-8")
 
     def close(self) -> None:
@@ -147,19 +145,23 @@ class Spool:
         except (pa.ArrowException, OSError, ValueError) as error:
             raise SpoolError(str(error)) from error
 
-    def _read_journal(self) -> Iterator[Record]:
-        try:
-            lines = (self._folder / JOURNAL).read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError):
-            return
-        for line in lines:
-            try:
-                record = Record(*json.loads(line))
-                if not len(record.ends) == len(record.rows) == len(record.problems):
-                    return
-            except (ValueError, TypeError):  # cut short when the process was killed
-                return
-            yield record
+    def _read_journal(self) -> list[Record]:
+        """The records. A line that was cut short when the process was killed, and what follows it, is taken away."""
+        records: list[Record] = []
+        end = 0
+        with (self._folder / JOURNAL).open("a+b") as journal:
+            journal.seek(0)
+            for line in journal:
+                try:
+                    record = Record(*json.loads(line))
+                    if not line.endswith(b"\n") or not len(record.ends) == len(record.rows) == len(record.problems):
+                        break
+                except (ValueError, TypeError):
+                    break
+                records.append(record)
+                end += len(line)
+            journal.truncate(end)  # not written anew, for which a full disk has no room
+        return records
 
     def _count(self, record: Record) -> None:
         self._rows += sum(record.rows)
