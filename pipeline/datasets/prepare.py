@@ -86,7 +86,7 @@ def prepare(
             preparation = _Preparation(source, splits, place.folder, min_examples)
             preparation.run(reader, workers, progress)
         findings = preparation.findings
-        if strict:
+        if strict or not findings.progress.classes:
             findings.refuse()
         look_alikes = findings.near_duplicates(splits)
         about = {
@@ -256,7 +256,10 @@ class _Findings:
         total = self._num_problems + self._num_left_out
         if total:
             more = f" (and {total - len(found)} more)" if total > len(found) else ""
-            raise DataError(f"{'; '.join(found)}{more}. Mend or remove them, or leave --strict out to go without them.")
+            without = (
+                ", or leave --strict out to go without them" if self._classes else "; no class is left without them"
+            )
+            raise DataError(f"{'; '.join(found)}{more}. Mend or remove them{without}.")
 
     def near_duplicates(self, splits: Mapping[str, Mapping[str, Split]]) -> dict[str, list[NearDuplicate]]:
         """Per class split, the classes of different parts that look alike; nothing where they are no images."""

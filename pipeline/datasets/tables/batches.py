@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import codecs
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,12 +14,14 @@ import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
 from pipeline.datasets.source import Problem
+from pipeline.datasets.tables import csv_blocks
+from pipeline.datasets.tables.scanning import CONVERT, plain
 from pipeline.errors import DataError
 
 BATCH_ROWS = 16_384  # of a Parquet file, at most
 BATCH_BYTES = 32 << 20  # that they take in the file before compression, about
 BUFFER_BYTES = 1 << 20  # of each column of a Parquet file
-BLOCK_BYTES = 2 << 20  # of a CSV file: a row may not be longer, and Arrow reads up to 32 blocks ahead
+SNIFFED = 4096  # bytes of a CSV file that tell whether it is text
 CSV_SUFFIXES = (".csv", ".tsv", ".txt", ".csv.gz", ".tsv.gz", ".csv.bz2", ".csv.zst")
 PARQUET_SUFFIXES = (".parquet", ".pq")
 
@@ -33,78 +36,105 @@ class Batch(NamedTuple):
 
 
 class CsvFiles:
-    """CSV files with the same columns. Raises DataError: no such file."""
+    """CSV files with the same columns. Raises DataError: no such file, or its first row is none."""
 
     def __init__(self, place: Path, *, delimiter: str = ",", header: bool = True) -> None:
         self.files = files_at(place, CSV_SUFFIXES)
         self._header = header
         self._delimiter = delimiter
-        self.names = self._names(self.files[0])
-
-    def _names(self, file: Path) -> list[str]:
-        try:
-            names = self._open(file, {}, lambda row: "skip").schema.names
-        except UnicodeDecodeError as error:
-            raise DataError(
-                f"{file}: its first row is not UTF-8. Convert the file to UTF-8: in Excel save it as 'CSV UTF-8', or "
-                "use iconv -f LATIN1 -t UTF-8 (-f UTF-16 if Excel saved it as Unicode text)."
-            ) from error
-        return _unique(file, names)
-
-    def _open(self, file: Path, types: dict[str, Any], invalid_row: Callable[[Any], str]) -> Any:
-        try:
-            return pa_csv.open_csv(
-                file,
-                read_options=pa_csv.ReadOptions(
-                    block_size=BLOCK_BYTES, use_threads=False, autogenerate_column_names=not self._header
-                ),
-                parse_options=pa_csv.ParseOptions(
-                    delimiter=self._delimiter, newlines_in_values=True, invalid_row_handler=invalid_row
-                ),
-                convert_options=pa_csv.ConvertOptions(
-                    check_utf8=False, column_types=types, strings_can_be_null=False, null_values=[]
-                ),
-            )
-        except (pa.ArrowException, OSError) as error:
-            raise DataError(f"{file}: not a table that can be read ({_short(error)}).") from error
+        self._cut = csv_blocks.Cut.by(delimiter)
+        self.names = self._names(next(self._blocks(self.files[0]), b""), self.files[0])
 
     def batches(self, columns: list[str]) -> Iterator[Batch]:
         """Raises DataError: a file cannot be read, or has other columns than the first."""
         for file in self.files:
-            names = self._names(file)
-            _check_names(file, names, self.names)
-            skipped: list[Any] = []
+            names: list[str] = []
+            ahead = 1
+            for block in self._blocks(file):
+                if not names:
+                    names = self._names(block, file)
+                    _check_names(file, names, self.names)
+                    if self._header:
+                        block, ahead = block[len(self._first_row(block)) :], 2
+                skipped: list[Any] = []
+                table = self._parsed(block, file, names, skipped, ahead).select(columns)
+                numbers = np.arange(ahead, ahead + len(table) + len(skipped))
+                problems = []
+                for row in skipped:
+                    reason = f"has {row.actual_columns} cells and not {row.expected_columns}"
+                    problems.append(Problem(f"{file.name}: row {ahead + row.number - 1}", reason))
+                left = np.delete(numbers, [row.number - 1 for row in skipped])
+                yield Batch(file, left, table, problems)
+                ahead += len(numbers)
 
-            def skip(row: Any, skipped: list[Any] = skipped) -> str:
-                skipped.append(row)
-                return "skip"
+    def _blocks(self, file: Path) -> Iterator[bytes]:
+        """The file's rows as bytes, without blank lines at the start of a block."""
+        try:
+            with pa.input_stream(str(file)) as stream:  # a compressed file by its name
+                for number, block in enumerate(csv_blocks.blocks(stream, self._cut)):
+                    start = block[:SNIFFED]
+                    if number == 0 and (b"\0" in start or start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))):
+                        raise DataError(f"{file}: its first row is not UTF-8 but UTF-16, or no text at all. {CONVERT}")
+                    if block := block.lstrip(b"\r\n"):
+                        yield block
+        except (pa.ArrowException, OSError, ValueError) as error:
+            raise DataError(f"{file}: not a table that can be read ({_short(error)}).") from error
 
-            # binary: texts are decoded where a bad one can be told by its row
-            reader = self._open(file, dict.fromkeys(names, pa.binary()), skip)
-            ahead = 1 + self._header
-            while True:
-                try:
-                    table = reader.read_next_batch()
-                except StopIteration:
-                    table = table_of_nothing(columns)
-                except (pa.ArrowException, OSError) as error:
-                    raise DataError(f"{file}: cannot be read after row {ahead - 1} ({_short(error)}).") from error
-                numbers: list[int] = []
-                problems: list[Problem] = []
-                while len(numbers) < len(table) or (len(table) == 0 and skipped):
-                    if skipped and skipped[0].number == ahead:  # the reader is a block ahead of what it hands out
-                        row = skipped.pop(0)
-                        reason = f"has {row.actual_columns} cells and not {row.expected_columns}"
-                        problems.append(Problem(f"{file.name}: row {row.number}", reason))
-                    elif len(table) == 0:
-                        ahead = skipped[0].number
-                        continue
-                    else:
-                        numbers.append(ahead)
-                    ahead += 1
-                yield Batch(file, np.array(numbers, dtype=np.int64), table.select(columns), problems)
-                if len(table) == 0:
-                    break
+    def _first_row(self, block: bytes) -> bytes:
+        found = self._cut.row.match(block)
+        return found.group() if found else b""
+
+    def _names(self, block: bytes, file: Path) -> list[str]:
+        if not block:
+            raise DataError(f"{file}: not a table that can be read (it is empty).")
+        first = self._first_row(block)
+        names = self._parsed(first, file, None, [], 1).schema.names
+        if not self._header:
+            return names
+        row = self._parsed(first, file, names, [], 1)
+        try:
+            return _unique(file, [value.as_py().decode() for (value,) in row.columns])
+        except UnicodeDecodeError as error:
+            raise DataError(f"{file}: its first row is not UTF-8. {CONVERT}") from error
+
+    def _parsed(
+        self, block: bytes, file: Path, names: list[str] | None, skipped: list[Any], first: int
+    ) -> pa.RecordBatch:
+        """The block's rows, of binary columns; of any type and named f0, f1, … where `names` is None.
+
+        skipped: gets the rows with another number of cells. first: number of the first row.
+        """
+
+        def skip(row: Any) -> str:
+            skipped.append(row)
+            return "skip"
+
+        content = csv_blocks.marked(block)
+        try:
+            table = pa_csv.read_csv(
+                pa.BufferReader(content or b"\n"),
+                read_options=pa_csv.ReadOptions(
+                    block_size=len(content) + 1,
+                    use_threads=False,
+                    column_names=names,
+                    autogenerate_column_names=names is None,
+                ),
+                parse_options=pa_csv.ParseOptions(
+                    delimiter=self._delimiter, newlines_in_values=True, invalid_row_handler=skip
+                ),
+                convert_options=pa_csv.ConvertOptions(
+                    check_utf8=False,
+                    column_types=dict.fromkeys(names or (), pa.binary()),
+                    strings_can_be_null=False,
+                    null_values=[],
+                ),
+            )
+        except pa.ArrowException as error:
+            raise DataError(f"{file}: cannot be read from row {first} on ({_short(error)}).") from error
+        arrays = [pa.concat_arrays(column.chunks) if column.num_chunks else None for column in table.columns]
+        if names is not None and len(content) > len(block):
+            arrays = [csv_blocks.unmarked(array) for array in arrays]
+        return pa.RecordBatch.from_arrays(arrays, table.schema.names)
 
 
 class ParquetFiles:
@@ -132,10 +162,28 @@ class ParquetFiles:
                     for rows, row_groups in itertools.groupby(range(len(rows_of)), key=rows_of.__getitem__):
                         for table in parquet.iter_batches(rows, list(row_groups), columns=columns, use_threads=False):
                             numbers = np.arange(first, first + len(table))
-                            yield Batch(file, numbers, table.select(columns), [])
+                            arrays = [plain(table.column(name)) for name in columns]
+                            yield Batch(file, numbers, pa.RecordBatch.from_arrays(arrays, columns), [])
                             first += len(table)
                 except (pa.ArrowException, OSError) as error:
-                    raise DataError(f"{file}: cannot be read after row {first - 1} ({_short(error)}).") from error
+                    names = ", ".join(map(repr, _unreadable(file, columns))) or "all columns together"
+                    raise DataError(
+                        f"{file}: {names} cannot be read after row {first - 1} ({_short(error)}). Leave it out "
+                        "(--leave-out), or write the file anew."
+                    ) from error
+
+
+def _unreadable(file: Path, columns: list[str]) -> list[str]:
+    """The columns that cannot be read, each alone."""
+    found = []
+    for name in columns:
+        try:
+            with pq.ParquetFile(file) as parquet:
+                for table in parquet.iter_batches(BATCH_ROWS, columns=[name], use_threads=False):
+                    plain(table.column(name))
+        except (pa.ArrowException, OSError):
+            found.append(name)
+    return found
 
 
 def _batch_rows(parquet: pq.ParquetFile, columns: list[str]) -> list[int]:
@@ -147,10 +195,6 @@ def _batch_rows(parquet: pq.ParquetFile, columns: list[str]) -> list[int]:
         size = sum(p.total_uncompressed_size for p in parts if p.path_in_schema.split(".")[0] in columns)
         found.append(min(BATCH_ROWS, max(1, BATCH_BYTES * group.num_rows // max(1, size))))
     return found
-
-
-def table_of_nothing(columns: list[str]) -> pa.RecordBatch:
-    return pa.RecordBatch.from_pydict({name: pa.array([], pa.binary()) for name in columns})
 
 
 def files_at(place: Path, suffixes: tuple[str, ...]) -> list[Path]:

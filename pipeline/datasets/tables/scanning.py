@@ -29,6 +29,11 @@ MISSING = [
 ]  # of features; a class may be so named
 NUMBER = r"^[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?$"
 MAX_CATEGORIES = 1000  # of a column; with more it is no categorical one
+LONGEST_CATEGORY = 1000  # characters
+CONVERT = (
+    "Convert the file to UTF-8: in Excel save it as 'CSV UTF-8', or use iconv -f LATIN1 -t UTF-8 (-f UTF-16 if Excel "
+    "saved it as Unicode text)."
+)
 MAX_CLASSES = 1_000_000
 MOSTLY = 0.9  # a column is numeric if more than this share of its values are numbers
 LARGEST = float(np.finfo(np.float32).max)
@@ -65,8 +70,9 @@ def names_of(array: pa.Array, *, what: str) -> Names:
 
 
 def texts_of(array: pa.Array) -> list[str | None]:
-    """A column as texts; None where it is null or no UTF-8."""
-    array = plain(array)
+    """A column as texts; None where it is null or no UTF-8. Raises DataError: it holds lists or structs."""
+    if pa.types.is_nested(array.type):
+        raise DataError(f"of type {array.type}, which holds no names or texts. Name another column.")
     if pa.types.is_floating(array.type):  # labels that were integers until one was missing
         return [None if x is None or x != x else str(int(x)) if x % 1 == 0 else str(x) for x in array.to_pylist()]
     if not is_binary(array.type):
@@ -79,7 +85,18 @@ def texts_of(array: pa.Array) -> list[str | None]:
 
 def is_not_utf8(array: pa.Array, row: int) -> bool:
     """Whether that is why there is no text in a row; a number that is NaN is missing."""
-    return is_binary(plain(array).type) and bool(array[row].is_valid)
+    return is_binary(array.type) and bool(array[row].is_valid)
+
+
+def undecodable(array: pa.Array) -> np.ndarray:
+    """bool [rows]: bytes that are not UTF-8."""
+    found = np.zeros(len(array), dtype=bool)
+    if is_binary(array.type):
+        try:
+            array.cast(pa.string())
+        except pa.ArrowInvalid:
+            found[:] = [value is not None and _decoded(value) is None for value in array.to_pylist()]
+    return found
 
 
 def _decoded(value: bytes | None) -> str | None:
@@ -94,8 +111,43 @@ def is_binary(kind: pa.DataType) -> bool:
 
 
 def plain(array: pa.Array) -> pa.Array:
-    """Without a dictionary."""
-    return array.dictionary_decode() if pa.types.is_dictionary(array.type) else array
+    """A column in the type that stands for all of its like: no dictionary, view, run or extension is left.
+
+    What no kernel of Arrow computes with becomes what holds the same values: float16 float32, short decimals long ones.
+    """
+    kind = array.type
+    if isinstance(kind, pa.UuidType):
+        return pa.array([None if value is None else str(value) for value in array.to_pylist()], pa.string())
+    if isinstance(kind, pa.Bool8Type):
+        return array.cast(pa.bool_())
+    if isinstance(kind, pa.BaseExtensionType):
+        return plain(array.storage)
+    if pa.types.is_dictionary(kind):
+        return plain(array.dictionary_decode())
+    if pa.types.is_run_end_encoded(kind):
+        return plain(pc.run_end_decode(array))
+    if pa.types.is_string_view(kind):
+        return array.cast(pa.string())
+    if pa.types.is_binary_view(kind) or pa.types.is_fixed_size_binary(kind):
+        return array.cast(pa.binary())
+    if pa.types.is_list_view(kind) or pa.types.is_large_list_view(kind):
+        return array.cast(pa.large_list(kind.value_type))
+    if pa.types.is_float16(kind):
+        return array.cast(pa.float32())
+    if pa.types.is_decimal32(kind) or pa.types.is_decimal64(kind):
+        return array.cast(pa.decimal128(kind.precision, kind.scale))
+    return array
+
+
+def like(kind: pa.DataType) -> str | None:
+    """What files must agree in about a column; None: it is missing in all rows."""
+    if pa.types.is_null(kind):
+        return None
+    return "numbers" if is_numeric(kind) else "texts" if is_textual(kind) else "lists" if is_list(kind) else str(kind)
+
+
+def is_textual(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or is_binary(kind))
 
 
 class Numbers(NamedTuple):
@@ -106,7 +158,6 @@ class Numbers(NamedTuple):
 
 
 def numbers_of(array: pa.Array) -> Numbers:
-    array = plain(array)
     if pa.types.is_boolean(array.type) or pa.types.is_integer(array.type) or pa.types.is_floating(array.type):
         values = pc.cast(array, pa.float64(), safe=False).to_numpy(zero_copy_only=False)
         odd = np.abs(values) > LARGEST
@@ -117,7 +168,7 @@ def numbers_of(array: pa.Array) -> Numbers:
         text = stripped(array)
         number = pc.match_substring_regex(text, NUMBER)
         values = pc.cast(pc.if_else(number, text, None), pa.float64()).to_numpy(zero_copy_only=False)
-        missing = pc.fill_null(pc.is_in(text, pa.array(MISSING)), True).to_numpy(zero_copy_only=False)
+        missing = pc.or_(pc.is_null(text), pc.is_in(text, pa.array(MISSING))).to_numpy(zero_copy_only=False)
         odd = (np.isnan(values) & ~missing) | (np.abs(values) > LARGEST)
     return Numbers(np.where(odd, np.nan, values), odd)
 
@@ -163,6 +214,8 @@ class ColumnScan:
     numbers: int = 0
     odd: int = 0  # values that are no numbers
     missing: int = 0
+    undecodable: int = 0  # values that are not UTF-8
+    longest: int = 0  # characters of a text
     lists: bool = False
     width: int | None = None  # of a column of lists
     values: set[str] = field(default_factory=set)  # at most MAX_CATEGORIES + 1
@@ -172,22 +225,23 @@ class ColumnScan:
         if is_list(array.type):
             self._add_lists(array)
             return
-        kind = plain(array).type
-        texts = pa.types.is_string(kind) or pa.types.is_large_string(kind) or is_binary(kind)
-        if not (texts or is_numeric(kind)):
-            raise self._no_feature(kind)
+        texts = is_textual(array.type)
+        if not (texts or is_numeric(array.type)):
+            raise self._no_feature(array.type)
         found = numbers_of(array)
         there = int((~np.isnan(found.values)).sum())
         self.numbers += there
         self.odd += int(found.odd.sum())
         self.missing += len(array) - there - int(found.odd.sum())
         if (texts or self.asked == "categorical") and self.asked != "numeric" and len(self.values) <= MAX_CATEGORIES:
-            distinct = [text for text in categories_of(pc.unique(plain(array))) if text is not None]
-            self.values.update(distinct[: MAX_CATEGORIES + 1])
+            self.undecodable += int(undecodable(array).sum())
+            distinct = [text for text in categories_of(pc.unique(array)) if text is not None]
+            self.longest = max(self.longest, *map(len, distinct), 0)
+            self.values.update(text[:LONGEST_CATEGORY] for text in distinct[: MAX_CATEGORIES + 1])
 
     def _add_lists(self, array: pa.Array) -> None:
         self.lists = True
-        if not is_numeric(array.type.value_type):
+        if self.asked == "categorical" or not is_numeric(array.type.value_type):
             raise self._no_feature(array.type)
         if self.width is None:
             lengths = Counter(length for length in pc.list_value_length(array).to_pylist() if length)
@@ -209,6 +263,8 @@ class ColumnScan:
             raise DataError(f"column {self.name!r}: its lists are all empty. Leave it out (--leave-out {self.name}).")
         if self.width is not None:
             return [Column(name=f"{self.name}[{i}]", missing=self.missing > 0) for i in range(self.width)]
+        if self.undecodable > len(self.values):  # in another encoding, and not a few broken ones
+            raise DataError(f"column {self.name!r}: {self.undecodable} of its values are not UTF-8. {CONVERT}")
         numeric = self.asked == "numeric" or not self.values
         if self.asked is None and self.values:
             numeric = self.numbers > MOSTLY * (self.numbers + self.odd)
@@ -218,6 +274,11 @@ class ColumnScan:
             raise DataError(
                 f"column {self.name!r}: more than {MAX_CATEGORIES} different texts, too many for categories. Leave it "
                 f"out (--leave-out {self.name}), or, if the rows are texts, use it as the text (--text {self.name})."
+            )
+        if self.longest > LONGEST_CATEGORY:
+            raise DataError(
+                f"column {self.name!r}: a text of {self.longest:,} characters, too long for a category. Leave it out "
+                f"(--leave-out {self.name}), or, if the rows are texts, use it as the text (--text {self.name})."
             )
         return [Column(name=self.name, kind="categorical", categories=sorted(self.values))]
 

@@ -49,12 +49,12 @@ Item = RowRange | ProblemFile
 class SortedRows:
     """Places for the rows of classes with `counts` rows, and `sizes` bytes if they are contents.
 
-    decoded: bytes that a content becomes when it is read, at least. They are whole where an earlier process has written
-    them.
+    of: tells the table and its reading from others. decoded: bytes that a content becomes when it is read, at least.
+    `whole` where an earlier process has written them.
     """
 
     def __init__(
-        self, folder: Path, counts: Sequence[int], *, width: int, sizes: Sequence[int] = (), decoded: int = 0
+        self, folder: Path, counts: Sequence[int], *, of: str, width: int, sizes: Sequence[int] = (), decoded: int = 0
     ) -> None:
         self.folder = folder
         self.width = width
@@ -66,14 +66,14 @@ class SortedRows:
         self._files = (
             {ROWS: 4 * total * width} if width else {CONTENT: int(sum(sizes)), SPANS: SPAN_BYTES * total}
         )  # name -> bytes
-        self._layout = [width, list(map(int, counts)), list(map(int, sizes))]
+        self._layout = [of, width, list(map(int, counts)), list(map(int, sizes))]
         self._open: dict[str, int] = {}
         self._problems: list[Problem] = []
         self.problem_files: list[ProblemFile] = []
         self.whole = self._find()
 
     @property
-    def bytes(self) -> int:
+    def size(self) -> int:
         """That the files take."""
         return sum(self._files.values())
 
@@ -96,7 +96,7 @@ class SortedRows:
         """The block adds all rows. Raises Unfinished: the disk is full."""
         shutil.rmtree(self.folder, ignore_errors=True)  # what is not whole is of no use
         with (
-            room.told(self.folder, lambda: self.bytes, what="the table's rows sorted by class, beside the data set"),
+            room.told(self.folder, lambda: self.size, what="the table's rows sorted by class, beside the data set"),
             contextlib.ExitStack() as undo,
         ):
             undo.callback(shutil.rmtree, self.folder, ignore_errors=True)

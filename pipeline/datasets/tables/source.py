@@ -6,6 +6,7 @@ column that is named as the text or the picture. A class is a label, or, with gr
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import itertools
@@ -162,8 +163,12 @@ class Table(Source):
         )
         scans = {name: ColumnScan(name, asked.get(name)) for name in self._features}  # type: ignore[arg-type]
         rows = 0
+        first: list[Problem] = []  # of the first batch that has some
+        types: dict[str, tuple[Path, pa.DataType]] = {}
         for batch in self._batches():
-            members = self._members(batch).classes
+            self._check_types(batch, types)
+            members, reasons = self._members(batch)
+            first = first or [*batch.problems, *self._named(batch, reasons)][:1]
             counts.update(member for member in members if member is not None)
             rows += len(members)
             if len(counts) > MAX_CLASSES:
@@ -173,9 +178,11 @@ class Table(Source):
                     if member is not None and content is not None:
                         sizes[member] += len(content)
             for name, scan in scans.items():
-                scan.add(batch.table.column(name))
+                with _naming(batch.file):
+                    scan.add(batch.table.column(name))
         if not counts:
-            raise DataError(f"{self._table.files[0]}: no row has a label in column {options.label!r}.")
+            told = f" ({first[0].item} {first[0].reason})" if first else ""
+            raise DataError(f"{self._table.files[0]}: no row has a label in column {options.label!r}{told}.")
         if len(counts) > HALF * rows and rows > 20:
             raise DataError(
                 f"column {options.label!r}: {len(counts):,} different values in {rows:,} rows. That is no label of "
@@ -183,7 +190,8 @@ class Table(Source):
             )
         keys = sorted(counts)
         names = [(label if options.group is None else f"{group}/{label}", group) for group, label in keys]
-        columns = [column for scan in scans.values() for column in scan.columns()]
+        with _naming(self._table.files[0]):
+            columns = [column for scan in scans.values() for column in scan.columns()]
         if not self._content and not columns:
             raise DataError(f"{self._table.files[0]}: no column beside the label is left to be the examples.")
         return _Scan(names, [counts[k] for k in keys], [sizes[k] for k in keys], columns, scans)
@@ -197,7 +205,8 @@ class Table(Source):
         decoded = 0
         if isinstance(self.preprocessing, Preprocessing):
             decoded = self.preprocessing.size**2 * self.preprocessing.channels
-        rows = sorting.SortedRows(self._folder, scan.counts, width=width, sizes=scan.sizes, decoded=decoded)
+        asked = json.dumps([self._version, self._options.record()])
+        rows = sorting.SortedRows(self._folder, scan.counts, of=asked, width=width, sizes=scan.sizes, decoded=decoded)
         if not rows.whole:
             with rows.writing():
                 for batch in self._batches():
@@ -220,8 +229,22 @@ class Table(Source):
             rows.add_contents(classes, [contents[i] or b"" for i in kept])
         else:
             rows.add_vectors(classes, vectors[kept])
-        named = [Problem(f"{batch.file.name}: row {batch.numbers[i]}", reasons[i]) for i in sorted(reasons)]
-        rows.add_problems([*batch.problems, *named])
+        rows.add_problems([*batch.problems, *self._named(batch, reasons)])
+
+    def _named(self, batch: Batch, reasons: Mapping[int, str]) -> list[Problem]:
+        return [Problem(f"{batch.file.name}: row {batch.numbers[i]}", reasons[i]) for i in sorted(reasons)]
+
+    def _check_types(self, batch: Batch, types: dict[str, tuple[Path, pa.DataType]]) -> None:
+        """Raises DataError: a column is of another kind than in the files before."""
+        for name in (self._content, *self._features):
+            if name is None or scanning.like(kind := batch.table.column(name).type) is None:
+                continue
+            file, before = types.setdefault(name, (batch.file, kind))
+            if scanning.like(before) != scanning.like(kind):
+                raise DataError(
+                    f"{batch.file}: column {name!r} is of type {kind}, and of type {before} in {file.name}. Write them "
+                    "of one type."
+                )
 
     def _batches(self) -> Iterator[Batch]:
         options = self._options
@@ -235,10 +258,12 @@ class Table(Source):
 
     def _members(self, batch: Batch) -> _Members:
         """(group, label) of each row, or None and what is wrong with it."""
-        labels, reasons = names_of(batch.table.column(self._options.label), what="label")
+        with _naming(batch.file, self._options.label):
+            labels, reasons = names_of(batch.table.column(self._options.label), what="label")
         if self._options.group is None:
             return _Members([None if label is None else ("all", label) for label in labels], reasons)
-        groups, others = names_of(batch.table.column(self._options.group), what="group")
+        with _naming(batch.file, self._options.group):
+            groups, others = names_of(batch.table.column(self._options.group), what="group")
         both = [None if a is None or b is None else (a, b) for a, b in zip(groups, labels, strict=True)]
         return _Members(both, {**others, **reasons})
 
@@ -248,10 +273,12 @@ class Table(Source):
         array = batch.table.column(self._content)
         reasons: dict[int, str] = {}
         if self._options.image is not None:
-            contents = _pictures(array, self._content)
+            with _naming(batch.file):
+                contents = _pictures(array, self._content)
             reasons = {i: "has no picture" for i, content in enumerate(contents) if not content}
             return contents, reasons
-        texts = scanning.texts_of(array)
+        with _naming(batch.file, self._content):
+            texts = scanning.texts_of(array)
         encoded: list[bytes | None] = []
         for i, text in enumerate(texts):
             content = text.encode() if text is not None else b""
@@ -277,13 +304,22 @@ class Table(Source):
             elif columns[0].kind == "categorical":
                 codes = {category: float(code) for code, category in enumerate(columns[0].categories)}
                 values = np.array([codes.get(c, np.nan) if c else np.nan for c in scanning.categories_of(array)])
-                found, what = scanning.Numbers(values, np.zeros(len(values), dtype=bool)), ""
+                found, what = scanning.Numbers(values, scanning.undecodable(array)), f"column {name!r} is not UTF-8"
             else:
                 found = scanning.numbers_of(array)
                 what = f"column {name!r} holds no finite number"
             reasons |= {int(i): what for i in np.flatnonzero(found.odd) if int(i) not in reasons}
             parts.append(found.values.reshape(len(array), len(columns)))
         return np.concatenate(parts, axis=1).astype(np.float32), reasons
+
+
+@contextlib.contextmanager
+def _naming(file: Path, column: str | None = None) -> Iterator[None]:
+    """An error in the block tells the file too, and the column where the block does not know it."""
+    try:
+        yield
+    except DataError as error:
+        raise DataError(f"{file}: {'' if column is None else f'column {column!r} is '}{error}") from error
 
 
 class _Members(NamedTuple):
@@ -370,7 +406,7 @@ def _pictures(array: pa.Array, name: str) -> list[bytes | None]:
         fields = [field.name for field in array.type]
         if "bytes" not in fields:
             raise DataError(f"column {name!r}: a struct without bytes ({', '.join(fields)}), so it holds no pictures.")
-        array = array.field("bytes")
+        array = scanning.plain(array.flatten()[fields.index("bytes")])
     if not scanning.is_binary(array.type):
         raise DataError(f"column {name!r}: of type {array.type}. Pictures are bytes, or a struct of bytes and path.")
     return array.to_pylist()
