@@ -97,7 +97,7 @@ def test_pictures_of_a_table_reach_nodes_that_see_no_file_of_this_process(ray_cl
     environment = {**os.environ, "PYTHONPATH": str(REPOSITORY), "RAY_ADDRESS": ray.get_runtime_context().gcs_address}
     how: dict[str, Any] = {"cwd": tmp_path, "env": environment, "capture_output": True, "text": True}
     there = subprocess.run([*alone, *prepared, "--address", environment["RAY_ADDRESS"]], **how)
-    if there.returncode in (1, 77) and "jobs" not in there.stderr and not there.stdout:
+    if there.returncode == 77 or there.stderr.startswith("unshare:"):
         pytest.skip(f"no disk can be mounted here that others do not see: {there.stderr}")
     assert there.returncode == 0, there.stderr
     assert not any((tmp_path / "own").iterdir())

@@ -267,9 +267,8 @@ def test_rows_of_a_table_that_was_edited_are_not_mixed_with_those_before(
     assert not list(tmp_path.glob(".out.partial-*"))
 
 
-@pytest.mark.parametrize("encoding", ["latin-1", "utf-16"])
-def test_a_header_that_is_no_utf8_says_to_convert_it(tmp_path: Path, encoding: str) -> None:
-    (tmp_path / "t.csv").write_bytes("label,größe\na,1\nb,2\n".encode(encoding))
+def test_a_header_that_is_no_utf8_says_to_convert_it(tmp_path: Path) -> None:
+    (tmp_path / "t.csv").write_bytes("label,größe\na,1\nb,2\n".encode("latin-1"))
     with pytest.raises(DataError, match=r"t\.csv: its first row is not UTF-8\. Convert"):
         prepared("csv", tmp_path / "t.csv", tmp_path / "out")
 

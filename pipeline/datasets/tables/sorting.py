@@ -120,7 +120,7 @@ class SortedRows:
         """Rows float32 [n, width] of classes int64 [n]."""
         for class_id, members in _by_class(classes):
             first = int(self._starts[class_id] + self._written[class_id])
-            self._write(ROWS, 4 * self.width * first, np.ascontiguousarray(rows[members], np.float32))
+            self._write(ROWS, 4 * self.width * first, rows[members].astype(np.float32).tobytes())
             self._written[class_id] += len(members)
 
     def add_contents(self, classes: np.ndarray, contents: Sequence[bytes]) -> None:
@@ -130,12 +130,12 @@ class SortedRows:
             edges = self._next_byte[class_id] + _starts([len(content) for content in new])
             first = int(self._starts[class_id] + self._written[class_id])
             self._write(CONTENT, int(edges[0]), b"".join(new))
-            self._write(SPANS, SPAN_BYTES * first, np.stack([edges[:-1], edges[1:]], axis=1))
+            self._write(SPANS, SPAN_BYTES * first, np.stack([edges[:-1], edges[1:]], axis=1).tobytes())
             self._next_byte[class_id] = edges[-1]
             self._written[class_id] += len(new)
 
-    def _write(self, name: str, offset: int, content: bytes | np.ndarray) -> None:
-        left = memoryview(content).cast("B") if len(content) else memoryview(b"")
+    def _write(self, name: str, offset: int, content: bytes) -> None:
+        left = memoryview(content)
         while left:
             written = os.pwrite(self._open[name], left, offset)
             left, offset = left[written:], offset + written
