@@ -3,7 +3,7 @@
 import os
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from pipeline.datasets import prepare as preparing
 from pipeline.datasets.prepare import Progress, prepare
-from pipeline.datasets.source import Examples, Problem, RawClass
+from pipeline.datasets.source import RawClass
 from pipeline.errors import DataError, Unfinished
 from pipeline.tasks import shards
 from pipeline.tasks.shards import spool
@@ -188,27 +188,40 @@ def test_a_process_that_is_killed_is_told_and_processes_change_nothing(tmp_path:
     assert bytes_of(tmp_path / "one") == bytes_of(tmp_path / "two") == bytes_of(tmp_path / "data")
 
 
-def test_memory_is_bounded_by_chunks(tmp_path: Path) -> None:
-    """A class of many items is listed and read bit by bit, whatever its size."""
-    most = 0
-    listed = read = 0
+MEMORY = """
+import resource
+import sys
+from pathlib import Path
 
-    class Long(Made):
-        def classes(self) -> Iterator[RawClass]:
-            def items() -> Iterator[tuple[int, int]]:
-                nonlocal listed
-                for i in range(5000):
-                    listed += 1
-                    yield 0, i
+import numpy as np
 
-            yield RawClass("class00", "all", items())
+from pipeline.datasets.prepare import prepare
+from tests.made import Made
 
-        def read(self, items: Sequence[Any]) -> tuple[Examples, list[Problem]]:
-            nonlocal read, most
-            read += len(items)
-            most = max(most, listed - read)
-            return super().read(items)
 
-    manifest, _ = prepare(Long([5000]), tmp_path / "data", record={}, workers=1)
-    assert manifest.num_examples == 5000
-    assert most <= 5 * preparing.CHUNK_ITEMS
+class Large(Made):
+    modality = "vector"
+
+    def made(self, items):
+        return np.ones((len(items), 16_384), np.float32)  # 64 kB each, so chunks of 4 MB
+
+
+def peak(examples):
+    out = Path(sys.argv[1]) / str(examples)
+    manifest, _ = prepare(Large([examples], modality="vector"), out, record={}, workers=1)
+    assert manifest.num_examples == examples
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss >> 10
+
+small = peak(256)
+print(small, peak(3072))
+"""
+
+
+def test_memory_does_not_grow_with_the_data(tmp_path: Path) -> None:
+    """A class of 16 MB, then one of 192 MB in the same process."""
+    ran = subprocess.run(
+        [sys.executable, "-c", MEMORY, str(tmp_path)], cwd=REPOSITORY, capture_output=True, text=True, check=False
+    )
+    assert ran.returncode == 0, ran.stderr
+    small, large = map(int, ran.stdout.split())  # MB
+    assert large - small < 48
