@@ -215,7 +215,7 @@ def _leakage(manifest: shards.Manifest, found: Survey) -> str:
     header = ("class split", "identical examples", "near-identical examples", "look-alike classes (pairs)")
     text = [
         "Examples of a later part (meta_train, meta_val, meta_test) with a copy in an earlier one, and pairs of "
-        "classes of different parts whose mean images look alike.",
+        "classes of different parts that look or read alike.",
         _table(header, rows),
         f"Besides, {found.copies_within} examples are identical to another of their own class, and "
         f"{found.copies_across} to one of another class.",
@@ -223,7 +223,7 @@ def _leakage(manifest: shards.Manifest, found: Survey) -> str:
     if found.compared < 1:
         text.append(f"Identity was looked at for {100 * found.compared:.1f} % of the examples, all copies of each.")
     if found.near_compared and found.near_compared < manifest.num_examples:
-        text.append(f"Likeness was looked at for {found.near_compared} pictures, evenly from all classes.")
+        text.append(f"Likeness was looked at for {found.near_compared} examples, evenly from all classes.")
     for kind, leaking in (("identical", found.identical), ("near-identical", found.near)):
         for split, each in leaking.items():
             if each.examples:

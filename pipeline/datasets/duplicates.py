@@ -8,7 +8,10 @@ Candidates share BAND_BITS signs of random projections, in one of BANDS tries (l
 2002). Measured on Omniglot at 28×28 (32 460 drawings): of copies saved as JPEG with quality 75 all are found, with
 quality 40 97 %, of copies enlarged and reduced again 93 %, of brighter ones 44 %, of copies shifted by a pixel or
 mirrored almost none; 45 pairs of drawings of different characters are as much alike (glyphs: none of 15 440).
-Near, of texts: the same but for case, punctuation, spaces and Unicode form.
+Near, of texts: the same but for case, punctuation, spaces and Unicode form; and, of NEAR_EXAMPLES of them, those that
+share NEAR_JACCARD of their pieces of SHINGLE characters (MinHash: Broder 1997), as with a word more or less.
+Near, of vectors with NEAR_COLUMNS columns or more: NEAR_DEVIATIONS standard deviations apart (root of the mean square
+over the columns), as with rounded numbers.
 
 A leak is an example of a later part of a class split (meta_train, meta_val, meta_test) with a copy in an earlier one.
 """
@@ -17,17 +20,25 @@ from __future__ import annotations
 
 import hashlib
 import unicodedata
+import zlib
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from pipeline.datasets.source import Examples
+from pipeline.datasets.source import Column, Examples, Modality
 
 DIGESTS = 2_000_000
 NEAR_COSINE = 0.98
 GRID = 14
 BANDS, BAND_BITS = 4, 16
+SHINGLE, HASHES, HASHES_PER_BAND = 4, 64, 4
+NEAR_JACCARD = 0.8
+LONGEST = 10_000  # characters of a text that are looked at
+NEAR_DEVIATIONS = 0.02
+NEAR_COLUMNS = 8
+NEAR_NUMBERS = 20_000_000  # of vectors that are compared
+NEAR_EXAMPLES = 50_000  # that are compared for likeness, evenly from all classes
 LARGEST_BAND = 2048  # pictures with one hash; where there are more (blank ones), they are not compared
 MAX_PAIRS = 1_000_000
 LISTED = 50
@@ -77,19 +88,25 @@ class Digests:
         same_class = rows[order][1:, 2] == rows[order][:-1, 2]
         return int((same & same_class).sum()), int((same & ~same_class).sum())
 
-    def leaks(self, names: Sequence[str], parts: np.ndarray) -> tuple[Leaks, Leaks | None]:
-        """Identical examples across parts; of texts also those that are the same once normalized (but not identical).
+    def leaks(
+        self, names: Sequence[str], parts: np.ndarray, *, also: np.ndarray | None = None
+    ) -> tuple[Leaks, Leaks | None]:
+        """Identical examples across parts; of texts also those that are nearly so: the same once normalized.
 
-        names: of the classes; parts: int [classes], a later part has a larger number.
+        names: of the classes; parts: int [classes], a later part has a larger number. also: what `Likeness.across`
+        found, which joins those.
         """
         rows = self._table()
         part = parts[rows[:, 2].astype(np.int64)]
         exact, partner = _leaking(rows[:, :2], part)
-        identical = _listed(names, rows, np.flatnonzero(exact), partner)
+        identical = _with_partners(rows, np.flatnonzero(exact), partner)
         if not self._texts:
-            return identical, None
+            return listed(names, identical), None
         near, partner = _leaking(rows[:, 4:], part)
-        return identical, _listed(names, rows, np.flatnonzero(near & ~exact), partner)
+        found = np.concatenate([_with_partners(rows, np.flatnonzero(near), partner), *([] if also is None else [also])])
+        found = found[~np.isin(_which(found), _which(identical))]
+        _, first = np.unique(_which(found), return_index=True)
+        return listed(names, identical), listed(names, found[np.sort(first)])
 
     def _table(self) -> np.ndarray:
         if len(self._rows) > 1:
@@ -98,63 +115,183 @@ class Digests:
 
 
 class Likeness:
-    """Which pictures look the same: a copy in another size, format or crop of a pixel."""
+    """Which examples nearly agree: pictures that look the same, texts of the same words, vectors of close numbers.
 
-    def __init__(self) -> None:
-        self._thumbnails: list[np.ndarray] = []  # uint8 [n, GRID²] each
+    columns: of vectors.
+    """
+
+    def __init__(self, modality: Modality, columns: Sequence[Column] = ()) -> None:
+        self._kind: _Pictures | _Texts | _Vectors
+        self._kind = _Texts() if modality == "text" else _Vectors(columns) if modality == "vector" else _Pictures()
+        self._features: list[np.ndarray] = []
         self._rows: list[np.ndarray] = []  # uint64 [n, 4] each, as in Digests; the second number is 0
+
+    @property
+    def most(self) -> int:
+        """Examples that are compared, of the whole data set; 0: they cannot be."""
+        return self._kind.most
 
     @property
     def compared(self) -> int:
         return sum(map(len, self._rows))
 
-    def add(self, class_id: int, numbers: np.ndarray, images: np.ndarray, digests: np.ndarray) -> None:
-        """uint8 [n, H, W, C] of one class, their numbers [n] in it, and what `Digests.add` said of them [n]."""
-        rows = np.zeros((len(images), 4), np.uint64)
+    def add(self, class_id: int, numbers: np.ndarray, examples: Examples, digests: np.ndarray) -> None:
+        """Examples of one class (pictures uint8 [n, H, W, C]), their numbers [n] in it, and what they are equal by [n].
+
+        digests: of `Digests.add`, whose equal examples are no pairs here.
+        """
+        rows = np.zeros((len(examples), 4), np.uint64)
         rows[:, 0], rows[:, 2], rows[:, 3] = digests, class_id, numbers
         self._rows.append(rows)
-        self._thumbnails.append(thumbnails(images).reshape(len(images), -1))
+        self._features.append(self._kind.features(examples))
 
     def pairs(self) -> tuple[np.ndarray, np.ndarray]:
-        """int64 [pairs, 2], pictures of different classes that look the same and are not identical, most alike first.
+        """int64 [pairs, 2], examples of different classes that nearly agree and are not identical, the closest first.
 
         And uint64 [n, 4], the rows that these numbers stand for.
         """
         rows = np.concatenate(self._rows)
-        maps = np.concatenate(self._thumbnails).astype(np.float32)
-        maps -= maps.mean(axis=0)
-        norms = np.sqrt(np.square(maps).sum(axis=1, keepdims=True))
-        unit = maps / np.maximum(norms, 1e-6)
-        signs = (
-            unit @ np.random.default_rng(0).standard_normal((unit.shape[1], BANDS * BAND_BITS), dtype=np.float32) > 0
-        )
-        bands = np.packbits(signs.reshape(len(unit), BANDS, BAND_BITS), axis=2).view(">u2")[..., 0]
+        features = self._kind.comparable(np.concatenate(self._features))
         found: dict[int, float] = {}
-        for band in bands.T:
+        for band in self._kind.bands(features):
             for members in _runs(band):
-                cosine = unit[members] @ unit[members].T
-                alike = np.triu(cosine >= NEAR_COSINE, k=1)
-                alike &= (rows[members, 2][:, None] != rows[members, 2]) & (
+                closeness = self._kind.closeness(features[members])
+                near = np.triu(closeness >= self._kind.least, k=1)
+                near &= (rows[members, 2][:, None] != rows[members, 2]) & (
                     rows[members, 0][:, None] != rows[members, 0]
                 )
-                for a, b in np.argwhere(alike).tolist():
-                    found[int(members[a]) * len(unit) + int(members[b])] = float(cosine[a, b])
+                for a, b in np.argwhere(near).tolist():
+                    found[int(members[a]) * len(rows) + int(members[b])] = float(closeness[a, b])
                 if len(found) >= MAX_PAIRS:
                     break
         keys = np.array(sorted(found, key=lambda key: (-found[key], key)), dtype=np.int64).reshape(-1)
-        return np.stack([keys // len(unit), keys % len(unit)], axis=1), rows
+        return np.stack([keys // len(rows), keys % len(rows)], axis=1), rows
 
-    def leaks(self, names: Sequence[str], parts: np.ndarray, pairs: np.ndarray, rows: np.ndarray) -> Leaks:
-        """Those of `pairs` whose pictures are in different parts. names, parts: as in `Digests.leaks`."""
+    def across(self, parts: np.ndarray, pairs: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """Those of `pairs` whose examples are in different parts, one for each example of a later part.
+
+        uint64 [n, 4]: class and number of the example of the later part, and of the other. parts: as in
+        `Digests.leaks`.
+        """
         part = parts[rows[:, 2].astype(np.int64)]
         across = pairs[part[pairs[:, 0]] != part[pairs[:, 1]]]
         swap = part[across[:, 0]] > part[across[:, 1]]
         across[swap] = across[swap][:, ::-1]
         _, first = np.unique(across[:, 1], return_index=True)
         chosen = across[np.sort(first)]
-        partner = np.zeros(len(rows), np.int64)
-        partner[chosen[:, 1]] = chosen[:, 0]
-        return _listed(names, rows, chosen[:, 1], partner)
+        return np.concatenate([rows[chosen[:, 1], 2:4], rows[chosen[:, 0], 2:4]], axis=1)
+
+
+class _Pictures:
+    """By the cosine of their thumbnails, less the mean of all."""
+
+    most = NEAR_EXAMPLES
+    least = NEAR_COSINE
+
+    def features(self, pictures: Examples) -> np.ndarray:
+        assert isinstance(pictures, np.ndarray)
+        return thumbnails(pictures).reshape(len(pictures), -1)
+
+    def comparable(self, maps: np.ndarray) -> np.ndarray:
+        maps = maps.astype(np.float32)
+        maps -= maps.mean(axis=0)
+        norms = np.sqrt(np.square(maps).sum(axis=1, keepdims=True))
+        return maps / np.maximum(norms, 1e-6)
+
+    def bands(self, unit: np.ndarray) -> Iterator[np.ndarray]:
+        yield from _signs(unit)
+
+    def closeness(self, unit: np.ndarray) -> np.ndarray:
+        return unit @ unit.T
+
+
+class _Texts:
+    """By the share of their pieces of SHINGLE characters that both have (Jaccard), as MinHash estimates it."""
+
+    most = NEAR_EXAMPLES
+    least = NEAR_JACCARD
+
+    def __init__(self) -> None:
+        random = np.random.default_rng(0)
+        self._factors = random.integers(0, 2**64, HASHES, dtype=np.uint64) | np.uint64(1)
+        self._terms = random.integers(0, 2**64, HASHES, dtype=np.uint64)
+
+    def features(self, texts: Examples) -> np.ndarray:
+        """uint32 [n, HASHES]: of each hash, the least one of a text's pieces."""
+        out = np.empty((len(texts), HASHES), np.uint32)
+        for row, text in enumerate(texts):
+            assert isinstance(text, str)
+            padded = f" {normalized(text[:LONGEST])} "
+            pieces = {padded[i : i + SHINGLE] for i in range(max(1, len(padded) - SHINGLE + 1))}
+            hashes = np.fromiter((zlib.crc32(piece.encode()) for piece in pieces), np.uint64, len(pieces))
+            mixed = hashes[:, None] * self._factors + self._terms  # modulo 2^64: the upper bits are the hash
+            out[row] = mixed.min(axis=0) >> np.uint64(32)
+        return out
+
+    def comparable(self, hashes: np.ndarray) -> np.ndarray:
+        return hashes
+
+    def bands(self, hashes: np.ndarray) -> Iterator[np.ndarray]:
+        for start in range(0, HASHES, HASHES_PER_BAND):
+            band = np.ascontiguousarray(hashes[:, start : start + HASHES_PER_BAND])
+            yield np.unique(band, axis=0, return_inverse=True)[1].reshape(-1)
+
+    def closeness(self, hashes: np.ndarray) -> np.ndarray:
+        same = np.zeros((len(hashes), len(hashes)), np.float32)
+        for column in hashes.T:
+            same += column[:, None] == column
+        return same / HASHES
+
+
+class _Vectors:
+    """By how far their numbers are apart, in standard deviations of the columns; categories are alike or not.
+
+    Of few columns none is compared: there unrelated rows are as close.
+    """
+
+    least = -NEAR_DEVIATIONS
+
+    def __init__(self, columns: Sequence[Column]) -> None:
+        random = np.random.default_rng(0)
+        self._tables = {
+            i: np.sign(random.standard_normal(len(column.categories))) + random.standard_normal(len(column.categories))
+            for i, column in enumerate(columns)
+            if column.categories
+        }
+        self.most = min(NEAR_EXAMPLES, NEAR_NUMBERS // len(columns)) if len(columns) >= NEAR_COLUMNS else 0
+
+    def features(self, vectors: Examples) -> np.ndarray:
+        assert isinstance(vectors, np.ndarray)
+        return vectors.astype(np.float32)
+
+    def comparable(self, vectors: np.ndarray) -> np.ndarray:
+        """float32 [n, D]: the root of the mean square of two rows' difference is their distance."""
+        out = vectors.astype(np.float32)
+        for i, table in self._tables.items():  # the codes of categories have no order
+            there = ~np.isnan(out[:, i])
+            out[there, i] = table[out[there, i].astype(np.int64)]
+        missing = np.isnan(out)
+        count = np.maximum((~missing).sum(axis=0), 1)
+        out[missing] = 0
+        mean = out.sum(axis=0, dtype=np.float64) / count
+        out = np.where(missing, 0, out - mean).astype(np.float32)
+        std = np.sqrt(np.square(out).sum(axis=0, dtype=np.float64) / count)
+        return (out / np.where(std > 0, std, 1) / np.sqrt(out.shape[1])).astype(np.float32)
+
+    def bands(self, rows: np.ndarray) -> Iterator[np.ndarray]:
+        yield from _signs(rows)
+
+    def closeness(self, rows: np.ndarray) -> np.ndarray:
+        squares = np.square(rows).sum(axis=1)
+        apart = squares[:, None] + squares - 2 * rows @ rows.T
+        return -np.sqrt(np.maximum(apart, 0))
+
+
+def _signs(rows: np.ndarray) -> Iterator[np.ndarray]:
+    """uint16 [n], BANDS times: on which side of BAND_BITS random planes each row is."""
+    planes = np.random.default_rng(0).standard_normal((rows.shape[1], BANDS * BAND_BITS), dtype=np.float32)
+    signs = (rows @ planes > 0).reshape(len(rows), BANDS, BAND_BITS)
+    yield from np.packbits(signs, axis=2).view(">u2")[..., 0].T
 
 
 def normalized(text: str) -> str:
@@ -205,12 +342,20 @@ def _leaking(keys: np.ndarray, part: np.ndarray) -> tuple[np.ndarray, np.ndarray
     return part > part[partner], partner
 
 
-def _listed(names: Sequence[str], rows: np.ndarray, found: np.ndarray, partner: np.ndarray) -> Leaks:
-    listed = []
-    for row in found[:LISTED].tolist():
-        earlier, later = rows[partner[row]], rows[row]
-        listed.append(Pair(names[int(earlier[2])], int(earlier[3]), names[int(later[2])], int(later[3])))
-    return Leaks(len(found), listed)
+def listed(names: Sequence[str], found: np.ndarray) -> Leaks:
+    """uint64 [n, 4], as `Likeness.across` gives them. names: of the classes."""
+    pairs = [Pair(names[c], d, names[a], b) for a, b, c, d in found[:LISTED].tolist()]
+    return Leaks(len(found), pairs)
+
+
+def _with_partners(rows: np.ndarray, found: np.ndarray, partner: np.ndarray) -> np.ndarray:
+    """uint64 [n, 4]: class and number of the rows `found`, and of their partners."""
+    return np.concatenate([rows[found, 2:4], rows[partner[found], 2:4]], axis=1)
+
+
+def _which(found: np.ndarray) -> np.ndarray:
+    """uint64 [n]: tells the examples of later parts apart."""
+    return found[:, 0] << np.uint64(32) | found[:, 1]
 
 
 def _runs(hashes: np.ndarray) -> Iterator[np.ndarray]:

@@ -11,6 +11,11 @@ below 0.62 and 99.99 % below 0.82 (glyphs) or 0.88 (Omniglot, which holds more l
 are look-alikes (bars, rings, d and ძ); from 0.80 down they no longer all are. In Omniglot's alphabet split 190 pairs
 lie above 0.85, mostly bars, rings and dots.
 
+Texts. A class is the mean of its texts' words and pairs of words, hashed, less the mean over all classes; no shifts.
+Measured on CLINC150's 150 intents with 20 sentences each: with 20 other sentences of its own an intent has a median
+similarity of 0.71; of pairs of different intents 99.9 % stay below 0.51, and above TEXT_THRESHOLD are two:
+credit_score and improve_credit_score (0.75), calculator and definition (0.66, "what is …").
+
 Limits. It reports the clearest look-alikes, not all: a class whose drawings vary much (an H with and without serifs)
 may reach only 0.65 with its own copy. More blur, finer grids and wider shifts found no more at the same false rate.
 """
@@ -18,11 +23,14 @@ may reach only 0.65 with its own copy. More blur, finer grids and wider shifts f
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, NamedTuple
+import zlib
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from pipeline.datasets.duplicates import LONGEST, normalized
+from pipeline.datasets.source import Examples
 from pipeline.errors import DataError
 
 if TYPE_CHECKING:  # types imports torch: seconds at the start of every drawing process, for nothing
@@ -32,6 +40,9 @@ GRID = 14  # cells per side: 2 pixels of a 28×28 drawing
 MAX_SHIFT = 1  # cells
 BLOCK = 2048  # classes compared at once: memory does not grow with the square of their number
 DEFAULT_THRESHOLD = 0.85
+TEXT_THRESHOLD = 0.65
+TEXT_FEATURES = 512
+PROTOTYPE_EXAMPLES = 20  # of each class, whose mean is compared
 
 
 class NearDuplicate(NamedTuple):
@@ -42,6 +53,41 @@ class NearDuplicate(NamedTuple):
     class_b: str
     split_b: Split
     similarity: float  # cosine in [-1, 1]
+
+
+class Prototypes:
+    """What classes look or read like: the mean of the first examples of each; nothing of vectors and encoded files."""
+
+    def __init__(self) -> None:
+        self._means: dict[str, np.ndarray] = {}
+        self._first: list[Examples] = []
+        self._texts = False
+
+    def add(self, examples: Examples) -> None:
+        """Some of a class, after those before."""
+        wanted = PROTOTYPE_EXAMPLES - sum(map(len, self._first))
+        pictures = isinstance(examples, np.ndarray) and examples.ndim == 4
+        texts = isinstance(examples, list) and bool(examples) and isinstance(examples[0], str)
+        if wanted > 0 and len(examples) and (pictures or texts):
+            self._first.append(examples[:wanted])
+            self._texts = texts
+
+    def end(self, name: str | None) -> None:
+        """The class is whole. name: None where it is left out."""
+        if name is not None and self._first:
+            texts: Any = itertools.chain.from_iterable(self._first)
+            self._means[name] = mean_text(texts) if self._texts else mean_image(np.concatenate(self._first))
+        self._first = []
+
+    def alike(self, splits: Mapping[str, Mapping[str, Split]]) -> dict[str, list[NearDuplicate]]:
+        """Per class split, the classes of different parts that are alike; nothing where they cannot be compared."""
+        if not self._means:
+            return {}
+        how = (TEXT_THRESHOLD, 0) if self._texts else (DEFAULT_THRESHOLD, MAX_SHIFT)
+        return {
+            split: alike({name: (members[name], mean) for name, mean in self._means.items()}, *how)
+            for split, members in splits.items()
+        }
 
 
 def near_duplicates(
@@ -56,8 +102,10 @@ def near_duplicates(
     return alike({name: (prototypes[name][0], mean) for name, mean in means.items()}, threshold)
 
 
-def alike(means: Mapping[str, tuple[Split, np.ndarray]], threshold: float = DEFAULT_THRESHOLD) -> list[NearDuplicate]:
-    """The same from each class's mean image: class name -> (its split, float32 [h, w, C] of `mean_image`)."""
+def alike(
+    means: Mapping[str, tuple[Split, np.ndarray]], threshold: float = DEFAULT_THRESHOLD, max_shift: int = MAX_SHIFT
+) -> list[NearDuplicate]:
+    """The same from each class's mean: class name -> (its split, float32 [h, w, C] of `mean_image` or `mean_text`)."""
     names = sorted(means, key=lambda name: (means[name][0], name))
     if len(names) < 2:
         return []
@@ -69,7 +117,7 @@ def alike(means: Mapping[str, tuple[Split, np.ndarray]], threshold: float = DEFA
     blocks = [np.arange(start, min(start + BLOCK, len(names))) for start in range(0, len(names), BLOCK)]
     for first, second in itertools.combinations_with_replacement(blocks, 2):
         members = first if first is second else np.concatenate([first, second])
-        similar = similarities(stack[members], max_shift=MAX_SHIFT)
+        similar = similarities(stack[members], max_shift=max_shift)
         across = np.triu(part[members][:, None] != part[members])
         if first is not second:  # pairs within each of them are found when it is compared with itself
             across[: len(first), : len(first)] = across[len(first) :, len(first) :] = False
@@ -102,6 +150,22 @@ def mean_image(images: np.ndarray, *, grid: int = GRID) -> np.ndarray:
     h, w = height // cell_h, width // cell_w
     cells = mean[: h * cell_h, : w * cell_w].reshape(h, cell_h, w, cell_w, channels)
     return cells.mean(axis=(1, 3))
+
+
+def mean_text(texts: Iterable[str]) -> np.ndarray:
+    """Texts' words and pairs of words, hashed, as a vector of length 1: float32 [1, 1, TEXT_FEATURES].
+
+    Every text weighs the same, however long.
+    """
+    total = np.zeros(TEXT_FEATURES)
+    for text in texts:
+        words = normalized(text[:LONGEST]).split()
+        counts = np.zeros(TEXT_FEATURES)
+        for term in (*words, *map(" ".join, itertools.pairwise(words))):
+            hashed = zlib.crc32(term.encode())
+            counts[hashed % TEXT_FEATURES] += 1 - 2 * (hashed >> 31)  # signed, so that collisions cancel
+        total += counts / max(float(np.linalg.norm(counts)), 1e-6)
+    return (total / max(float(np.linalg.norm(total)), 1e-6)).astype(np.float32).reshape(1, 1, -1)
 
 
 def similarities(features: np.ndarray, *, max_shift: int = 0) -> np.ndarray:

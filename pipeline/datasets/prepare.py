@@ -19,10 +19,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from pipeline.datasets import room
-from pipeline.datasets.near_duplicates import NearDuplicate, alike, mean_image
+from pipeline.datasets.near_duplicates import NearDuplicate, Prototypes
 from pipeline.datasets.reading import Chunk, ClassPart, Reader, mark_of, read_chunks
 from pipeline.datasets.source import Examples, Problem, RawClass, Source
 from pipeline.errors import DataError
@@ -32,7 +30,6 @@ from pipeline.types import Split
 
 REPORTED_PAIRS = 50  # near-duplicate pairs listed in the manifest; their number is recorded whole
 REPORTED_PROBLEMS = 50  # bad items and classes left out, listed in the manifest
-PROTOTYPE_IMAGES = 20  # of each class, whose mean is kept for the comparison
 OWN_FILES = "source"  # folder of what the source keeps while it is read
 CHUNK_ITEMS = 64  # that a process reads at once
 
@@ -217,11 +214,10 @@ class _Findings:
         self._problems: list[Problem] = []
         self._num_left_out = 0
         self._left_out: list[dict[str, Any]] = []
-        self._means: dict[str, np.ndarray] = {}
+        self._prototypes = Prototypes()
         self.progress = Progress("", 0, 0, 0)
 
     def begin(self, part: ClassPart) -> None:
-        self._first: list[np.ndarray] = []  # of the class
         self._in_class = self._problems_in_class = 0
 
     def add(self, part: ClassPart, examples: Examples | None, rows: int, problems: list[Problem]) -> None:
@@ -231,16 +227,14 @@ class _Findings:
         self._num_problems += len(problems)
         self._problems_in_class += len(problems)
         self._problems += problems[: REPORTED_PROBLEMS - len(self._problems)]
-        wanted = PROTOTYPE_IMAGES - sum(map(len, self._first))
-        if isinstance(examples, np.ndarray) and examples.ndim == 4 and wanted > 0 and len(examples):
-            self._first.append(examples[:wanted])
+        if examples is not None:
+            self._prototypes.add(examples)
         self.progress = Progress(part.name, self._classes, self._examples, self._num_problems)
 
     def end(self, part: ClassPart, *, count: int, min_examples: int) -> None:
+        self._prototypes.end(part.name if count else None)
         if count:
             self._classes += 1
-            if self._first:
-                self._means[part.name] = mean_image(np.concatenate(self._first))
         else:
             self._num_left_out += 1
             if len(self._left_out) < REPORTED_PROBLEMS:
@@ -262,13 +256,8 @@ class _Findings:
             raise DataError(f"{'; '.join(found)}{more}. Mend or remove them{without}.")
 
     def near_duplicates(self, splits: Mapping[str, Mapping[str, Split]]) -> dict[str, list[NearDuplicate]]:
-        """Per class split, the classes of different parts that look alike; nothing where they are no images."""
-        if not self._means:
-            return {}
-        return {
-            split: alike({name: (members[name], mean) for name, mean in self._means.items()})
-            for split, members in splits.items()
-        }
+        """Per class split, the classes of different parts that look or read alike; nothing where none is compared."""
+        return self._prototypes.alike(splits)
 
     def described(self, look_alikes: Mapping[str, list[NearDuplicate]]) -> dict[str, Any]:
         """For the manifest; what was not met is not mentioned."""

@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pipeline.datasets.duplicates import Digests, Leaks, Likeness
-from pipeline.datasets.near_duplicates import NearDuplicate, alike, mean_image
+from pipeline.datasets.duplicates import Digests, Leaks, Likeness, listed
+from pipeline.datasets.near_duplicates import NearDuplicate, Prototypes
 from pipeline.datasets.preprocessing import Preprocessing, decode_picture
 from pipeline.datasets.source import Examples, Original
 from pipeline.errors import DataError
@@ -21,8 +21,7 @@ from pipeline.storage import Location
 from pipeline.tasks import shards
 from pipeline.types import SPLITS
 
-NEAR_EXAMPLES = 50_000  # pictures that are compared for likeness, evenly from all classes
-DECODED = 20  # encoded pictures of each class that are decoded, and pictures whose mean stands for their class
+DECODED = 20  # encoded pictures of each class that are decoded
 
 
 class ClassStatistics(NamedTuple):
@@ -52,8 +51,8 @@ class Survey(NamedTuple):
     identical: dict[str, Leaks]  # by class split: examples of later parts that are in an earlier one as well
     near: dict[str, Leaks]  # the same of examples that look or read the same and are not identical
     compared: float  # share of the examples that were compared for identity
-    near_compared: int  # pictures that were compared for likeness
-    look_alikes: dict[str, list[NearDuplicate]]  # by class split: classes of different parts whose mean pictures agree
+    near_compared: int  # examples that were compared for likeness
+    look_alikes: dict[str, list[NearDuplicate]]  # by class split: classes of different parts that look or read alike
 
 
 def survey(
@@ -61,33 +60,32 @@ def survey(
 ) -> Survey:
     """Look at every example of a data set. progress: told how many classes are done. Raises DataError."""
     digests = Digests(manifest.num_examples, texts=manifest.modality == "text")
-    likeness = Likeness()
-    per_class = max(2, NEAR_EXAMPLES // len(manifest.classes))
+    likeness = Likeness(manifest.modality, manifest.columns)
+    per_class = max(2, likeness.most // len(manifest.classes)) if likeness.most else 0
     classes: list[ClassStatistics] = []
     whole = Moments()
     originals: Counter[Original] = Counter()
-    means: dict[str, np.ndarray] = {}
+    prototypes = Prototypes()
     with shards.ShardReader(folder, manifest) as reader:
         for class_id, entry in enumerate(manifest.classes):
             moments = Moments()
             seen = 0
-            first: list[np.ndarray] = []
             for part in reader.parts(class_id):
                 hashes = digests.add(class_id, seen, part)
+                compared, which = part, np.arange(len(part))
                 if manifest.modality in ("image", "encoded_image"):
-                    pictures, which = _pictures(manifest, part, max(0, DECODED - seen), originals)
-                    moments.add(pictures)
-                    first.append(pictures[: max(0, DECODED - seen)])
-                    wanted = which[: max(0, per_class - seen)]
-                    if len(wanted):
-                        likeness.add(class_id, seen + wanted, pictures[: len(wanted)], hashes[wanted])
+                    compared, which = _pictures(manifest, part, max(0, DECODED - seen), originals)
+                    moments.add(compared)
                 else:
                     moments.add(_values(part))
+                prototypes.add(compared)
+                wanted = which[: max(0, per_class - seen)]
+                if len(wanted):
+                    likeness.add(class_id, seen + wanted, compared[: len(wanted)], hashes[wanted])
                 seen += len(part)
             classes.append(ClassStatistics(entry.name, entry.group, entry.count, moments.means(), moments.stds()))
             whole.join(moments)
-            if any(map(len, first)):
-                means[entry.name] = mean_image(np.concatenate(first))
+            prototypes.end(entry.name)
             progress(class_id + 1)
     names = [entry.name for entry in manifest.classes]
     within, across = digests.copies()
@@ -96,11 +94,12 @@ def survey(
     near: dict[str, Leaks] = {}
     for split in manifest.splits:
         parts = np.array([SPLITS.index(entry.splits[split]) for entry in manifest.classes])
-        identical[split], texts = digests.leaks(names, parts)
+        close = likeness.across(parts, pairs, rows) if pairs is not None and rows is not None else None
+        identical[split], texts = digests.leaks(names, parts, also=close)
         if texts is not None:
             near[split] = texts
-        elif pairs is not None and rows is not None:
-            near[split] = likeness.leaks(names, parts, pairs, rows)
+        elif close is not None:
+            near[split] = listed(names, close)
     return Survey(
         classes=classes,
         mean=whole.means(),
@@ -113,11 +112,9 @@ def survey(
         near=near,
         compared=digests.share,
         near_compared=likeness.compared,
-        look_alikes={
-            split: alike({entry.name: (entry.splits[split], means[entry.name]) for entry in manifest.classes})
-            for split in manifest.splits
-            if len(means) == len(names)
-        },
+        look_alikes=prototypes.alike(
+            {split: {entry.name: entry.splits[split] for entry in manifest.classes} for split in manifest.splits}
+        ),
     )
 
 

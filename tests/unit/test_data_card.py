@@ -153,10 +153,87 @@ def test_identical_vectors(tmp_path: Path) -> None:
     )
     found = survey(tmp_path / "out", manifest)
     assert found.identical["random"] == (1, [Pair("a", 0, "b", 0)])
-    assert found.near == {}
+    assert found.near == {}  # two columns
     assert found.missing == pytest.approx([0, 2 / 7], abs=1e-5)
     write_card(tmp_path / "out", manifest)
     assert "| y | numeric |" in (tmp_path / "out" / CARD).read_text()
+
+
+def sentences(count: int, seed: int = 0) -> list[str]:
+    """Of ten words each, of 500 that there are."""
+    random = np.random.default_rng(seed)
+    words = ["".join(random.choice(list("abcdefghijklmnop"), 6)) for _ in range(500)]
+    return [" ".join(random.choice(words, 10)) for _ in range(count)]
+
+
+def test_texts_that_differ_by_a_word_across_parts(tmp_path: Path) -> None:
+    texts = sentences(300)
+    more = [f"{text} please" for text in texts[:20]]  # 1 of 11 words
+    other = [" ".join([*text.split()[:5], *sentences(1, seed=i)[0].split()[:5]]) for i, text in enumerate(texts[20:40])]
+    cased = [texts[40].upper()]
+    classes = {"a": texts[:150], "b": texts[150:300], "c": [*more, *other, *cased, texts[41]]}
+    manifest = written(tmp_path / "out", classes, [0, 0, 2], modality="text")
+    found = write_card(tmp_path / "out", manifest)
+    assert found.identical["random"] == (1, [Pair("a", 41, "c", 41)])
+    assert {(p.class_a, p.number_a, p.number_b) for p in found.near["random"].listed} == {
+        *(("a", i, i) for i in range(20)),
+        ("a", 40, 40),
+    }
+    assert found.near["random"].examples == 21
+    assert found.near_compared == manifest.num_examples
+    assert "Near-identical across the parts of `random`" in (tmp_path / "out" / CARD).read_text()
+
+
+@settings(max_examples=20, deadline=None)
+@given(seed=st.integers(0, 99), share=st.floats(0.1, 0.95))
+def test_minhash_estimates_what_pieces_are_shared(seed: int, share: float) -> None:
+    words = sentences(1, seed)[0].split() + sentences(1, seed + 1)[0].split()
+    cut = int(share * len(words))
+    pair = [" ".join(words), " ".join(words[:cut] + sentences(3, seed + 2)[2].split())]
+    pieces = [{f" {t} "[i : i + 4] for i in range(len(t) - 1)} for t in pair]
+    kind = duplicates._Texts()
+    estimate = float(kind.closeness(kind.features(pair))[0, 1])
+    assert abs(estimate - len(pieces[0] & pieces[1]) / len(pieces[0] | pieces[1])) < 0.25
+
+
+@pytest.mark.parametrize("categories", [0, 3])
+def test_vectors_that_nearly_agree_across_parts(tmp_path: Path, categories: int) -> None:
+    """Whatever the columns' scales: rounded numbers are copies, and other rows or another category are not."""
+    scales = 10.0 ** np.arange(-4, 6)
+    rows = np.random.default_rng(1).normal(size=(400, 10)) * scales + 3 * scales
+    columns = [Column(name=f"x{i}") for i in range(10)]
+    if categories:
+        columns[3] = Column(name="x3", kind="categorical", categories=["p", "q", "r"])
+        rows[:, 3] = np.random.default_rng(2).integers(0, 3, 400)
+    rows[:, 5][::7] = np.nan
+    copies = np.round(rows[:30] / scales, 2) * scales
+    if categories:
+        copies[:, 3] = rows[:30, 3]
+        copies[0, 3] = (copies[0, 3] + 1) % 3
+    columns[5] = Column(name="x5", missing=True)
+    classes = {"a": rows[:200], "b": rows[200:], "c": np.concatenate([copies, rows[50:51]])}
+    typed = {name: values.astype(np.float32) for name, values in classes.items()}
+    found = survey(tmp_path / "out", written(tmp_path / "out", typed, [0, 0, 1], modality="vector", columns=columns))
+    assert found.identical["random"] == (1, [Pair("a", 50, "c", 30)])
+    expected = {Pair("a", i, "c", i) for i in range(bool(categories), 30)}
+    assert set(found.near["random"].listed) == expected
+    assert found.near["random"].examples == len(expected)
+
+
+def test_classes_of_texts_that_read_alike(tmp_path: Path) -> None:
+    texts = sentences(300)
+    classes = {f"c{i}": texts[40 * i : 40 * i + 20] for i in range(7)}
+    classes["c6"] = [f"{first} {second}" for first, second in zip(classes["c0"], classes["c0"][1:], strict=False)]
+    manifest = written(tmp_path / "out", classes, [0, 0, 0, 1, 1, 2, 2], modality="text")
+    found = write_card(tmp_path / "out", manifest)
+    assert [(pair.class_a, pair.class_b) for pair in found.look_alikes["random"]] == [("c6", "c0")]
+    assert "c6 (meta_test) and c0 (meta_train)" in (tmp_path / "out" / CARD).read_text()
+
+
+def test_likeness_is_looked_for_in_bounded_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert duplicates.Likeness("vector", [Column(name=str(i)) for i in range(7)]).most == 0
+    assert duplicates.Likeness("vector", [Column(name=str(i)) for i in range(10_000)]).most == 2000
+    assert duplicates.Likeness("text").most == 50_000
 
 
 @settings(max_examples=40, deadline=None)
@@ -211,7 +288,7 @@ def test_thumbnails_are_means_by_area() -> None:
 
 def test_likeness_finds_most_copies_of_photos_and_few_others() -> None:
     photos = images(400, side=40, channels=3)
-    likeness = Likeness()
+    likeness = Likeness("image")
     likeness.add(0, np.arange(400), photos, np.arange(400, dtype=np.uint64))
     copies = np.stack([jpeg(photo) for photo in photos])
     likeness.add(1, np.arange(400), copies, np.arange(400, 800, dtype=np.uint64))
