@@ -242,8 +242,10 @@ class Sources(TyperGroup):
         super().format_help(ctx, formatter)
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        from pipeline.datasets.sources import SOURCES, options_of
+        from pipeline.datasets.sources import PROCEDURAL, SOURCES, options_of, procedural
 
+        if cmd_name in PROCEDURAL:
+            raise procedural(cmd_name)
         if cmd_name not in SOURCES:
             return None
         command = _nothing if self._listing else command_for(cmd_name, options_of(cmd_name))

@@ -111,6 +111,24 @@ SOURCES = {
 }
 
 
+# Families whose tasks are drawn and not read, as somebody might look for them here -> what to write instead.
+PROCEDURAL = {
+    "sinusoid": "task: {family: sinusoid}, or with a frequency task: {family: regression, function: sinusoid}",
+    "linear": "task: {family: regression, function: linear}",
+    "harmonic": "task: {family: regression, function: harmonic}",
+    "step": "task: {family: regression, function: step}",
+}
+
+
+def procedural(name: str) -> ConfigError:
+    """What to tell who prepares one of PROCEDURAL."""
+    return ConfigError(
+        f"data prepare {name}: these functions are drawn as they are needed, so there is nothing to prepare. Write in "
+        f"the experiment's configuration {PROCEDURAL[name]}; the same configuration and seed give everybody the same "
+        "tasks."
+    )
+
+
 def options_of(name: str) -> type[SourceOptions]:
     """The class of a source's options. Raises ConfigError: no such source."""
     if name not in SOURCES:

@@ -1,17 +1,21 @@
 """The sources of `metapipe data prepare`: their registry, options and command."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 from typer.testing import CliRunner
 
 from jobs import data
+from pipeline import experiment
 from pipeline.datasets import sources
 from pipeline.errors import ConfigError, DataError
+from pipeline.tasks import regression
 
 
 def picture_folders(root: Path, classes: int = 3, count: int = 4) -> Path:
@@ -136,3 +140,18 @@ def test_a_data_set_of_other_classes_is_not_reused(tmp_path: Path) -> None:
     for answer, key in zip(answers, ("min_examples", "class_lists"), strict=True):
         assert isinstance(answer.exception, ConfigError)
         assert key in str(answer.exception)
+
+
+@pytest.mark.parametrize("name", sources.PROCEDURAL)
+def test_functions_that_are_drawn_are_nothing_to_prepare(name: str, tmp_path: Path) -> None:
+    """And what to write instead is a task of an experiment."""
+    answer = run(name, "--out", tmp_path / "out")
+    assert isinstance(answer.exception, ConfigError)
+    told = re.findall(r"task: (\{.*?\})", str(answer.exception))
+    assert told
+    for task in told:
+        others = {"model": {"name": "mlp"}, "algorithm": {"name": "maml", "inner_lr": 0.1}, "training": {"steps": 1}}
+        content = {"name": "x", "task": yaml.safe_load(task), **others}
+        task_config = experiment.from_dict(content, source="told").task
+        assert name in (task_config.family, getattr(task_config, "function", None))
+    assert set(sources.PROCEDURAL) == {*regression.FUNCTIONS, "sinusoid"}
