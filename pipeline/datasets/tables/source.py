@@ -182,7 +182,8 @@ class Table(Source):
                     scan.add(batch.table.column(name))
         if not counts:
             told = f" ({first[0].item} {first[0].reason})" if first else ""
-            raise DataError(f"{self._table.files[0]}: no row has a label in column {options.label!r}{told}.")
+            group = "" if options.group is None else f" and a group in column {options.group!r}"
+            raise DataError(f"{self._table.files[0]}: no row has a label in column {options.label!r}{group}{told}.")
         if len(counts) > HALF * rows and rows > 20:
             raise DataError(
                 f"column {options.label!r}: {len(counts):,} different values in {rows:,} rows. That is no label of "
