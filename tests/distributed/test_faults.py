@@ -33,7 +33,7 @@ from pipeline.tasks.images import ImagesConfig, ImageTasks
 from pipeline.training import journal
 from pipeline.training.context import Context, run_processes
 from pipeline.training.loop import train_worker
-from tests import faults
+from tests import disks, faults
 from tests.faults import (
     DRIVER,
     assert_same_end,
@@ -261,14 +261,8 @@ def test_a_straggler_is_told_and_its_nan_skips_the_step_on_all(tiny_data: Path, 
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 300 KB."""
-    folder = tmp_path / "small"
-    folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(folder)], capture_output=True)
-    if mounted.returncode:
-        pytest.skip(f"no small file system can be mounted here: {mounted.stderr.decode().strip()}")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
+    with disks.small_disk(tmp_path / "small", kilobytes=300) as folder:
+        yield folder
 
 
 def test_a_full_disk_stops_the_run_and_room_lets_it_go_on(
