@@ -45,6 +45,8 @@ class Walk:
 class Slots(OneShape):
     """A family whose inputs are the slots' numbers."""
 
+    prefetch = False
+
     def sample(self, split: str, step: int, slots: Tensor, *, seed: int, weights: Tensor | None = None) -> Any:
         assert (split, step, seed) == ("meta_val", 0, SELECTION_SEED)
 
