@@ -116,7 +116,7 @@ def _running(given: MetaState, exp: Experiment, fresh: Params) -> Statistics:
     """Running averages, by the names that models give them."""
     if getattr(exp.algorithm, "inductive_statistics", None) != "running":
         return {}
-    buffers = dict(given.buffers)
+    buffers = {name: value for name, value in given.buffers.items() if "/" not in name}  # else an algorithm's own
     for name, value in given.params.items():
         layer, _, kind = name.rpartition(".")
         if kind in ("running_mean", "running_var") and name not in fresh:

@@ -39,9 +39,11 @@ def start(config: TextConfig, model: Text, family: TaskFamily, fresh: Params) ->
     told = []
     if config.vectors is not None:
         placed, words = _place_vectors(config, families[0].config.tokens, table)
-        rows = torch.cat([model.rows(text[text > 0]) for text in _texts(families)])
-        share = float(placed[rows].to(torch.float64).mean()) if len(rows) else 0.0
-        told.append(f"{config.vectors} ({words}, {share:.0%} of the tokens of meta-training)")
+        hits = tokens = 0
+        for text in _texts(families):
+            rows = model.rows(text[text > 0])
+            hits, tokens = hits + int(placed[rows].sum()), tokens + len(rows)
+        told.append(f"{config.vectors} ({words}, {hits / max(tokens, 1):.0%} of the tokens of meta-training)")
     if config.start == "tfidf":
         rarity = Rarity(model.rows(text) for text in _texts(families))(torch.arange(len(table)))
         table *= rarity.view(-1, *[1] * (table.ndim - 1)).to(table.dtype)

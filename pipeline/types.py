@@ -190,7 +190,7 @@ class TaskModel(Protocol):
 
 
 class MetaState(NamedTuple):
-    """What meta-learning learns: parameters by gradient, buffers (running statistics) without one."""
+    """What meta-learning learns: parameters by gradient, buffers (running statistics, a carried state) without one."""
 
     params: Params
     buffers: Statistics

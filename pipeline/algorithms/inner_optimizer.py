@@ -76,7 +76,8 @@ class InnerOptimizer:
         """The state of an optimizer that has made no step yet; empty for plain SGD."""
         config = self._config
         if config.inner_optimizer == "adam":
-            first = {FIRST + k: torch.zeros_like(v) for k, v in params.items()}
+            # with β1 = 0 the first moment is the gradient
+            first = {FIRST + k: torch.zeros_like(v) for k, v in params.items() if config.inner_betas[0]}
             second = {SECOND + k: torch.zeros_like(v) for k, v in params.items()}
             leaf = next(iter(params.values()))
             return first | second | {COUNT: torch.zeros(len(leaf), dtype=leaf.dtype, device=leaf.device)}
@@ -116,9 +117,12 @@ class InnerOptimizer:
             v = torch.addcmul(beta2 * state[SECOND + name], g, g, value=1 - beta2)
             # the root's derivative is infinite at 0, where a unit that is never active has its gradient: ε² under it
             root = (v / (1 - beta2**t) + EPSILON**2).sqrt()
-            m = torch.add(beta1 * state[FIRST + name], g, alpha=1 - beta1) if beta1 else g  # each pass takes its time
-            new[FIRST + name], new[SECOND + name] = m, v
-            directions[name] = (m / (1 - beta1**t) if beta1 else m) / root
+            new[SECOND + name] = v
+            if beta1:
+                new[FIRST + name] = torch.add(beta1 * state[FIRST + name], g, alpha=1 - beta1)
+                directions[name] = new[FIRST + name] / (1 - beta1**t) / root
+            else:
+                directions[name] = g / root
         return directions, new
 
 

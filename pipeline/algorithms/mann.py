@@ -29,8 +29,7 @@ changes. Batch normalization inside an episode takes images, never labels, acros
 normalized by their own statistics, and queries by the same ones (`normalization: inductive`, the default here). An
 encoder without it (`mlp`, as good as the paper's, which has none) has no such channel.
 
-Disadvantages: it takes tens of thousands of episodes before it does better than guessing (the paper trains on 100,000),
-and as the paper's equations have it more than with the two parts above;
+Disadvantages: it takes tens of thousands of episodes before it does better than guessing (the paper trains on 100,000);
 its answers depend on the order of the support set; it must have seen sequences as long as those it is asked about. A
 GPU waits for kernels to launch, as steps follow each other.
 

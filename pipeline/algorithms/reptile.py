@@ -83,10 +83,25 @@ class Reptile(GradientBased):
         x, y = torch.cat([batch.support_x, batch.query_x], dim=1), torch.cat([batch.support_y, batch.query_y], dim=1)
         return self._support(x, y, batch.num_classes, batch.keys), query
 
+    def init(self, seed: int) -> MetaState:
+        """Buffers are there from the start, so that a compiled program knows of them."""
+        state = super().init(seed)
+        if not self._carries:
+            return state
+        begun = self.optimizer.start({k: state.params[k].unsqueeze(0) for k in self.adapted_names})
+        return state._replace(buffers={CARRIED + k: v.squeeze(0) for k, v in begun.items()})
+
+    @property
+    def _carries(self) -> bool:
+        return self.config.inner_state == "carried"
+
+    def _carried_on(self, buffers: Statistics) -> Params:
+        """What tasks begin with besides the meta-parameters."""
+        return _carried(buffers) if self._carries else {}
+
     def adaptation_path(self, state: MetaState, support_x: Tensor, support_y: Tensor, **how: Any) -> Iterator[Adapted]:
-        params = {**state.params, **_carried(state.buffers)}
-        for adapted in super().adaptation_path(state._replace(params=params), support_x, support_y, **how):
-            yield adapted._replace(params=network(adapted.params))
+        state = state._replace(params={**state.params, **self._carried_on(state.buffers)})
+        return super().adaptation_path(state, support_x, support_y, **how)
 
     def _start(self, meta_params: Params, support: Support, keys: Tensor | None) -> tuple[Params, Params]:
         inner, learned = super()._start(meta_params, support, keys)
@@ -108,7 +123,7 @@ class Reptile(GradientBased):
     ) -> tuple[Adapted, dict[str, Tensor]]:
         *of_steps, on_support = keys
         with torch.no_grad():
-            start = {k: v.detach() for k, v in meta_params.items()} | _carried(buffers)
+            start = {k: v.detach() for k, v in meta_params.items()} | self._carried_on(buffers)
             inner, learned = self._start(start, support, of_steps[0])
         for number, of_step in enumerate(of_steps):
             inner = self._step_without_graph(inner, learned, number, support, of_step)
@@ -117,7 +132,7 @@ class Reptile(GradientBased):
             adapted = self._adapted(
                 params, buffers, support, inductive=self._inductive, step=self.train_steps, keys=on_support
             )
-        if self.config.inner_state == "carried":
+        if self._carries:
             ends = {CARRIED + k: v for k, v in inner.items() if k not in self.adapted_names}
             adapted = adapted._replace(params=adapted.params | ends)
         return adapted, {}
@@ -126,7 +141,8 @@ class Reptile(GradientBased):
         return super()._answer(network(params), query, **how)
 
     def _adapted(self, params: Params, buffers: Statistics, support: Support, **how: Any) -> Adapted:
-        return super()._adapted(params, {k: v for k, v in buffers.items() if not k.startswith(CARRIED)}, support, **how)
+        carried = _carried(buffers)
+        return super()._adapted(params, {k: v for k, v in buffers.items() if k not in carried}, support, **how)
 
     def _meta_gradients(self, answer: QueryLoss, meta_params: Params) -> Params:
         assert answer.adapted is not None

@@ -275,7 +275,7 @@ class _Vectors:
         out[missing] = 0
         mean = out.sum(axis=0, dtype=np.float64) / count
         out = np.where(missing, 0, out - mean).astype(np.float32)
-        std = np.sqrt(np.square(out).sum(axis=0, dtype=np.float64) / count)
+        std = np.sqrt(np.square(out, dtype=np.float64).sum(axis=0) / count)  # a square may overflow float32
         return (out / np.where(std > 0, std, 1) / np.sqrt(out.shape[1])).astype(np.float32)
 
     def bands(self, rows: np.ndarray) -> Iterator[np.ndarray]:

@@ -80,12 +80,17 @@ class ClassTasksConfig(Section):
     def verify(self) -> str:
         """Check the data set's bytes and that it is large enough; returns its digest. Raises DataError.
 
-        With a window a class is checked when it is read: here the sizes are.
+        Of a large set with a window a class is checked when it is read: here the sizes are.
         """
-        manifest = shards.verify(self.data, sizes_only=self.window is not None)
+        manifest = shards.read_manifest(self.data)
+        shards.verify(self.data, manifest, sizes_only=self.checked_when_read(manifest))
         for split in self.parts:
             self.check_size(manifest, split)
         return manifest.digest
+
+    def checked_when_read(self, manifest: shards.Manifest) -> bool:
+        """Whether `verify` looks at the sizes of the files alone."""
+        return self.window is not None and sum(shard.bytes for shard in manifest.shards) > self.memory_limit_mb << 20
 
     def check_size(self, manifest: shards.Manifest, split: Split) -> None:
         """Raises DataError where a part has too few classes for `n_way` or a class too few examples."""
@@ -181,6 +186,10 @@ class ClassTasks(OneShape):
         self._members: dict[Split, Tensor] = {}
         self._counts: dict[Split, Tensor] = {}
         self.prefetch = self.manifest.num_examples * self._example_bytes() > config.memory_limit_mb << 20
+        if not self.prefetch and config.checked_when_read(self.manifest):
+            shards.verify(
+                config.data, self.manifest
+            )  # larger on the disk than in memory, where all of it is read at once
         self._drawn_on = torch.device("cpu") if self.prefetch else device
         counts = torch.tensor([entry.count for entry in self.manifest.classes], device=self._drawn_on)
         for split in SPLITS:
@@ -191,6 +200,7 @@ class ClassTasks(OneShape):
             self._counts[split] = counts[members]
             sizes = [entry.count for entry in self.entries(split)]
             self._sizes[split] = min(sizes, default=0), max(sizes, default=0)
+        self._trained_on: list[int] = self._members["meta_train"].tolist()
         self._windows: Windows | None = None
         if config.window is not None:
             self._windows = Windows(config.window, {split: len(self._members[split]) for split in SPLITS})
@@ -328,11 +338,13 @@ class ClassTasks(OneShape):
 
     def expect(self, step: int, slots: Tensor, *, seed: int) -> None:
         """Have read what these slots need from a step of meta-training on, as far as memory holds it."""
+        if self._upcoming is None or self._cache is None:  # asking a GPU for the slots would wait for it
+            return
         asked = (step, slots.tolist(), seed)
-        if self._upcoming is None or self._cache is None or self._expected == asked:
+        if self._expected == asked:
             return
         self._expected = asked
-        members = self._members["meta_train"].tolist()
+        members = self._trained_on
         known = self.weighting is None  # else draws depend on how training goes
         near = self._upcoming.near(step, slots, seed=seed, known=known)
         spare = self._upcoming.spare(step, slots, seed=seed, known=known)

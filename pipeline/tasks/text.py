@@ -8,6 +8,7 @@ Shapes: T tasks · S support · Q query examples · L max_tokens.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Any, Literal
@@ -23,6 +24,7 @@ from pipeline.tasks.shapes import UnequalEpisodes
 from pipeline.tasks.tokens import Tokens
 from pipeline.types import Inputs, Split
 
+TEXTS_AT_ONCE = 4096  # whose tokens are counted
 NUMBER_BYTES = 4  # of a token number in memory
 
 
@@ -89,9 +91,15 @@ class Rarity:
 
     def __init__(self, texts: Iterable[Tensor]) -> None:
         """texts: token numbers [L] each."""
-        each = [numbers.unique() for numbers in texts]
-        self._tokens, self._texts = torch.cat(each).unique(return_counts=True)
-        self._number = len(each)
+        self._number = 0
+        self._tokens = self._texts = torch.zeros(0, dtype=torch.int64)  # which there are; how many texts have each
+        texts = iter(texts)
+        while some := [numbers.unique() for numbers in itertools.islice(texts, TEXTS_AT_ONCE)]:
+            new, seen = torch.cat(some).unique(return_counts=True)
+            counts = torch.cat([self._texts, seen])
+            self._tokens, back = torch.cat([self._tokens, new]).unique(return_inverse=True)
+            self._texts = torch.zeros(len(self._tokens), dtype=torch.int64).index_add_(0, back, counts)
+            self._number += len(some)
 
     def __call__(self, tokens: Tensor) -> Tensor:
         """[V] -> float64 [V]."""

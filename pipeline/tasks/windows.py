@@ -64,7 +64,7 @@ class Windows:
 
     def candidates(self, seed: int, split: Split, numbers: Tensor) -> Tensor:
         """Window numbers [...] -> their classes, int64 [..., N], on the CPU."""
-        which, back = numbers.unique(return_inverse=True)
+        which, back = numbers.cpu().unique(return_inverse=True)
         return torch.stack([self.classes(seed, split, number) for number in which.tolist()])[back]
 
     def _round(self, seed: int, split: Split, number: int) -> Tensor:

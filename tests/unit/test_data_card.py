@@ -199,7 +199,7 @@ def test_minhash_estimates_what_pieces_are_shared(seed: int, share: float) -> No
 @pytest.mark.parametrize("categories", [0, 3])
 def test_vectors_that_nearly_agree_across_parts(tmp_path: Path, categories: int) -> None:
     """Whatever the columns' scales: rounded numbers are copies, and other rows or another category are not."""
-    scales = 10.0 ** np.arange(-4, 6)
+    scales = 10.0 ** np.array([-4, -3, -2, -1, 0, 1, 2, 3, 4, 30])  # the last one's squares are beyond float32
     rows = np.random.default_rng(1).normal(size=(400, 10)) * scales + 3 * scales
     columns = [Column(name=f"x{i}") for i in range(10)]
     if categories:

@@ -404,3 +404,11 @@ def test_configurations_that_cannot_be(tmp_path: Path, tiny_data: Path) -> None:
         TorchvisionConfig(name="torchvision", architecture="resnet17").build(
             input_shape=(3, 32, 32), num_outputs=5, dtype=torch.float32
         )
+
+
+def test_an_inner_optimizers_state_is_not_taken(tmp_path: Path, tiny_data: Path) -> None:
+    """Of a run whose Reptile carries Adam on: half of it would be worse than none."""
+    algorithm = {"name": "reptile", "inner_lr": 0.1, "inner_optimizer": "adam", "inner_state": "carried"}
+    exp = experiment(tmp_path, tiny_data, algorithm={**algorithm, "inductive_statistics": "running"})
+    given = MetaState({}, {"norm1.mean": torch.ones(3), "reptile/adam.t/": torch.tensor(5.0)})
+    assert initial._running(given, exp, {"head.bias": torch.zeros(2)}).keys() == {"norm1.mean"}

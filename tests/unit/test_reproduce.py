@@ -179,7 +179,7 @@ def test_shipped_plans_load() -> None:
         assert {cell.algorithm for cell in plan.cells} <= plan.methods.keys()
         assert {setting for m in plan.methods.values() for setting in m.results} <= set(plan.settings)
     cpu = reproduce.load(SHIPPED, budget="cpu", out="out").select(settings=["5w1s"])
-    assert sum(cell.minutes or 0 for cell in cpu) <= 65, "about an hour on two cores for the 5-way 1-shot column"
+    assert sum(cell.minutes or 0 for cell in cpu) <= 125, "two hours on two busy cores for the 5-way 1-shot column"
 
 
 # --- the table

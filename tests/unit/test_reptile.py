@@ -264,6 +264,15 @@ def test_a_carried_state_is_that_of_one_adam_through_all_of_training() -> None:
     assert (end.params["theta"] - other.params["theta"]).abs().max() > 0.01
 
 
+def test_the_state_that_is_carried_is_there_from_the_start() -> None:
+    """A program that is compiled at the first step knows then what it has to ask for."""
+    reptile = point(inner_optimizer="adam", inner_state="carried")
+    state = reptile.init(0)
+    gradient = reptile.meta_grad(state, quadratics(centres(2)), step=0)
+    assert {k: v.shape for k, v in gradient.statistics.items()} == {k: v.shape for k, v in state.buffers.items()}
+    assert state.buffers.keys() == {"reptile/adam.v/theta", "reptile/adam.t/"}, "β1 = 0: no first moment"
+
+
 def test_the_next_tasks_begin_with_the_mean_of_the_states_that_tasks_end_with() -> None:
     settings = {"inner_momentum": 0.5, "inner_state": "carried"}
     reptile, c = point(**settings), centres(2)
@@ -275,6 +284,11 @@ def test_the_next_tasks_begin_with_the_mean_of_the_states_that_tasks_end_with() 
         torch.testing.assert_close(value, each[0][name] + each[1][name])
     buffers = reptile.update_buffers({k: v + 1 for k, v in each[0].items()}, each[1])
     assert buffers == each[1], "the last ones', not an average over all"
+    mean = reptile.update_buffers(state.buffers, {k: v / 2 for k, v in both.statistics.items()})
+    step = 0.5 * mean["reptile/momentum/theta"] + state.params["theta"] - c[0, 0]
+    torch.testing.assert_close(
+        reptile.meta_grad(MetaState(state.params, mean), quadratics(c[:1]), step=1).grads["theta"], RATE * step
+    )
 
 
 def test_a_state_that_there_is_none_of_is_not_carried() -> None:

@@ -251,6 +251,23 @@ def test_a_damaged_class_of_rows_stops_the_step_that_needs_it(
         tasks_of.sample("meta_train", 0, torch.arange(2), seed=0)
 
 
+def test_a_set_that_is_held_in_memory_is_checked_whole(tiny_data_set: Callable[..., Path], tmp_path: Path) -> None:
+    """Also with windows: nobody looks at its classes again when they are read."""
+    folder = tmp_path / "set"
+    shutil.copytree(tiny_data_set(classes=48), folder)
+    content = {"family": "images", "data": folder, "split": "random", "n_way": 3, "n_query": 2}
+    content |= {"eval_n_query": 2, "window": WINDOW}
+    config = validate(ImagesConfig, content, source="test")
+    config.verify()
+    file = next((folder / "shards").iterdir())
+    changed = bytearray(file.read_bytes())
+    changed[len(changed) // 2] ^= 1
+    file.write_bytes(changed)
+    with pytest.raises(DataError, match=r"00000\.parquet"):
+        config.verify()
+    config.model_copy(update={"memory_limit_mb": 0}).verify()
+
+
 def test_results_tell_of_windows(data: Path) -> None:
     assert tasks(data, window=WINDOW).description["window"] == WINDOW
     assert "window" not in tasks(data, window={"classes": 16, "steps": 1}).description

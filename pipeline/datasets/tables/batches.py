@@ -192,9 +192,14 @@ def _batch_rows(parquet: pq.ParquetFile, columns: list[str]) -> list[int]:
     for number in range(parquet.num_row_groups):
         group = parquet.metadata.row_group(number)
         parts = (group.column(i) for i in range(group.num_columns))
-        size = sum(p.total_uncompressed_size for p in parts if p.path_in_schema.split(".")[0] in columns)
+        size = sum(p.total_uncompressed_size for p in parts if _is_of(p.path_in_schema, columns))
         found.append(min(BATCH_ROWS, max(1, BATCH_BYTES * group.num_rows // max(1, size))))
     return found
+
+
+def _is_of(path: str, columns: list[str]) -> bool:
+    """Whether a leaf of the file is, or lies in, one of the columns; names may hold dots."""
+    return any(path == column or path.startswith(f"{column}.") for column in columns)
 
 
 def files_at(place: Path, suffixes: tuple[str, ...]) -> list[Path]:
