@@ -10,6 +10,7 @@ from typing import Any
 from pipeline.datasets.class_lists import by_lists, read_class_lists
 from pipeline.datasets.source import Examples, Original, Problem, Put, RawClass, Source
 from pipeline.datasets.splits import all_in, group_split, random_split
+from pipeline.datasets.tables.sorting import ProblemFile
 from pipeline.types import Split
 
 LISTED, ALL_TEST = "lists", "all_test"
@@ -47,7 +48,7 @@ class Chosen(Source):
         self.source.work_in(folder)
 
     def classes(self) -> Iterator[RawClass]:
-        problems: list[Problem] = []
+        problems: list[Any] = []
         if self._listed is not None:
             unlisted = [name for name in self._groups() if name not in self._listed]
             problems = [Problem(f"class {name}", f"is not in {self._lists}, so it is left out") for name in unlisted]
@@ -55,6 +56,8 @@ class Chosen(Source):
             if self._listed is None or raw.name in self._listed:
                 yield raw._replace(items=itertools.chain(problems, raw.items)) if problems else raw
                 problems = []
+            else:  # what a source tells with its first class is not of that class alone
+                problems += itertools.takewhile(lambda item: isinstance(item, Problem | ProblemFile), raw.items)
 
     def read(self, items: Sequence[Any]) -> tuple[Examples, list[Problem]]:
         return self.source.read(items)

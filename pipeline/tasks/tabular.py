@@ -22,7 +22,7 @@ from pipeline.tasks.tables import Normalize, TableEncoding
 from pipeline.types import Inputs, Split
 
 ROWS_PER_CLASS = 256  # first ones of each class of meta-training, which its statistics are of
-MOST_CLASSES = 256  # of them; of more, as many from all over the list: a set of any size is begun with at once
+MOST_CLASSES = 256  # about; of more, so many from all over the list: a set of any size is begun with at once
 
 
 class TabularTasksConfig(ClassTasksConfig):

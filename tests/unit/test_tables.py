@@ -330,6 +330,18 @@ def test_a_label_that_is_nan_is_missing(tmp_path: Path) -> None:
     assert manifest.source["problems"]["first"] == [["t.parquet: row 2", "has no label"]]
 
 
+def test_rows_of_no_class_are_told_also_where_lists_leave_the_first_class_out(tmp_path: Path) -> None:
+    rows = [["label", "x"], *[[name, 1] for name in "abcd"], ["", 2]]
+    file = write_csv(tmp_path / "t.csv", rows)
+    lists = tmp_path / "lists.csv"
+    lists.write_text("b,train\nc,val\nd,test\n")
+    options = read_options("csv", {"directory": file})
+    manifest, _ = prepare(Chosen(options.open(seed=0), lists=lists), tmp_path / "out", record=options.record())
+    assert [entry.name for entry in manifest.classes] == ["b", "c", "d"]
+    assert ["t.csv: row 6", "has no label"] in manifest.source["problems"]["first"]
+    assert manifest.source["problems"]["count"] == 2, "and class a, which is left out"
+
+
 def test_items_of_pictures_are_bounded_by_what_they_decode_to(tmp_path: Path) -> None:
     pq.write_table(pa.table({"image": [picture(1)] * 10, "label": ["a"] * 10}), tmp_path / "t.parquet")
     source = read_options("parquet", {"directory": tmp_path / "t.parquet", "image": "image", "size": 100}).open(seed=0)
