@@ -79,7 +79,7 @@ def test_verifying_reads_all_or_asks_for_sizes(data: Path, server: WebServer) ->
     assert whole.digest == shards.read_manifest(data).digest
     before = len(server.requests)
     content = {"family": "images", "data": address, "split": "random", "n_way": 3, "n_query": 2, "eval_n_query": 2}
-    config = validate(ImagesConfig, {**content, "window": WINDOW}, source="test")
+    config = validate(ImagesConfig, {**content, "window": WINDOW, "memory_limit_mb": 0}, source="test")
     assert config.verify() == whole.digest
     assert server.requests[before:] == ["/tiny/dataset.json", *(f"/tiny/{s.file} bytes=0-0" for s in whole.shards)]
     server.fail = lambda number, path: 404 if path.endswith("00000.parquet") else None
