@@ -13,6 +13,7 @@ from pipeline.attempts import ATTEMPTS, repeated
 from pipeline.ranged_file import RangedFile
 
 SCHEMES = ("http", "https")
+PREFIXES = tuple(f"{scheme}://" for scheme in SCHEMES)  # of addresses
 CONNECT_SECONDS = 5.0
 SILENT_SECONDS = 20.0  # without a byte
 MAY_PASS = (408, 425, 429, 500, 502, 503, 504)  # statuses of which another attempt may know better

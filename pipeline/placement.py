@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from pipeline import storage
+from pipeline import http_path, storage
 from pipeline.config import flatten
 from pipeline.errors import ConfigError, TrackingError
 from pipeline.experiment import Experiment
@@ -17,7 +17,6 @@ from pipeline.job_environment import refuse_password
 from pipeline.tasks.shards import MANIFEST
 
 ANSWER_SECONDS = 5
-HTTP = ("http://", "https://")
 ONLY_THERE = "If only the cluster's nodes can reach it, say --no-check."
 
 
@@ -114,7 +113,7 @@ def check_data_servers(experiment: Experiment, *, same_network: bool) -> None:
     Raises ConfigError: a loopback address, where the head is not this machine.
     """
     for key, place in _data(experiment).items():
-        here = _loopback_host(place) if place.startswith(HTTP) and not same_network else None
+        here = _loopback_host(place) if place.startswith(http_path.PREFIXES) and not same_network else None
         if here is not None:
             raise ConfigError(
                 f"{key}={place}: {here} is this machine here, and on each of the cluster's nodes that node itself, "
@@ -155,7 +154,7 @@ def _data(experiment: Experiment) -> dict[str, str]:
 def check_answers(environment: Mapping[str, str]) -> None:
     """Whether the tracking server answers, asked from here. Raises TrackingError."""
     uri = environment.get("MLFLOW_TRACKING_URI", "")
-    if not uri.startswith(HTTP):
+    if not uri.startswith(http_path.PREFIXES):
         return
     try:
         urllib.request.urlopen(f"{uri.rstrip('/')}/health", timeout=ANSWER_SECONDS).close()

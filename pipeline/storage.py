@@ -214,7 +214,7 @@ def readable(address: str | Readable) -> Readable:
     if not isinstance(address, str):
         return address
     _checked(address, _address_to_read)
-    return HttpPath(address) if address.startswith(("http://", "https://")) else location(address)
+    return HttpPath(address) if address.startswith(http_path.PREFIXES) else location(address)
 
 
 def _checked(address: str, check: Callable[[str], object]) -> None:

@@ -38,7 +38,7 @@ def start(config: TextConfig, model: Text, family: TaskFamily, fresh: Params) ->
     table = params["embedding.weight"].clone()
     told = []
     if config.vectors is not None:
-        placed, words = _place_vectors(config, families[0].config.tokens, table)
+        placed, words = _place_vectors(config, model, families[0].config.tokens, table)
         hits = tokens = 0
         for text in _texts(families):
             rows = model.rows(text[text > 0])
@@ -78,7 +78,7 @@ def _mean_bag(model: Text, table: Tensor, texts: Iterator[Tensor]) -> Tensor:
     return (total / max(number, 1)).to(table.dtype)
 
 
-def _place_vectors(config: TextConfig, tokens: Tokens, table: Tensor) -> tuple[Tensor, str]:
+def _place_vectors(config: TextConfig, model: Text, tokens: Tokens, table: Tensor) -> tuple[Tensor, str]:
     """Put the words' vectors into their rows of the table, scaled to unit variance as fresh rows are.
 
     Returns which rows have one, bool [buckets + 1], and how many words took a row. The first word of a row has it:
@@ -94,11 +94,11 @@ def _place_vectors(config: TextConfig, tokens: Tokens, table: Tensor) -> tuple[T
     vectors = _vectors(config, source)
     while some := list(itertools.islice(vectors, AT_ONCE)):
         words += len(some)
-        for (_, vector), numbers_of in zip(some, alone([word for word, _ in some]), strict=True):
-            if numbers_of[0] == 0 or numbers_of[1] != 0:
+        rows = model.rows(torch.from_numpy(alone([word for word, _ in some])).long())
+        for (_, vector), (row, next_row) in zip(some, rows.tolist(), strict=True):
+            if row == PADDING or next_row != PADDING:
                 several += 1
                 continue
-            row = 1 + (int(numbers_of[0]) - 1) % config.buckets
             if not placed[row]:
                 placed[row] = True
                 table[row] = torch.from_numpy(vector).to(table.dtype)

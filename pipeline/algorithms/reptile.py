@@ -55,9 +55,8 @@ class ReptileConfig(InnerLoopConfig):
     # examples of an inner step; None, or more than there are: all of them
     eval_inner_batch_size: int | None = Field(default=None, ge=1)  # in evaluation and serving; None: as in training
     train_on: Literal["support", "all"] = "support"  # of a task in meta-training; all: its query set too
-    inner_state: Literal["fresh", "carried"] = (
-        "fresh"  # of Adam or momentum at a task's start; carried: from those before
-    )
+    inner_state: Literal["fresh", "carried"] = "fresh"
+    # of Adam or momentum at a task's start; carried: from those before
 
     @model_validator(mode="after")
     def _there_is_a_state_to_carry(self) -> Self:
@@ -115,8 +114,7 @@ class Reptile(GradientBased):
 
     def update_buffers(self, buffers: Statistics, observed: Statistics) -> Statistics:
         """The inner optimizer's state is the last tasks', not an average over all."""
-        carried = _carried(observed)
-        return super().update_buffers(buffers, {k: v for k, v in observed.items() if k not in carried}) | carried
+        return super().update_buffers(buffers, network(observed)) | _carried(observed)
 
     def _adapt(
         self, meta_params: Params, buffers: Statistics, support: Support, keys: list[Tensor | None], *, step: int
@@ -141,8 +139,7 @@ class Reptile(GradientBased):
         return super()._answer(network(params), query, **how)
 
     def _adapted(self, params: Params, buffers: Statistics, support: Support, **how: Any) -> Adapted:
-        carried = _carried(buffers)
-        return super()._adapted(params, {k: v for k, v in buffers.items() if k not in carried}, support, **how)
+        return super()._adapted(params, network(buffers), support, **how)
 
     def _meta_gradients(self, answer: QueryLoss, meta_params: Params) -> Params:
         assert answer.adapted is not None

@@ -187,9 +187,8 @@ class ClassTasks(OneShape):
         self._counts: dict[Split, Tensor] = {}
         self.prefetch = self.manifest.num_examples * self._example_bytes() > config.memory_limit_mb << 20
         if not self.prefetch and config.checked_when_read(self.manifest):
-            shards.verify(
-                config.data, self.manifest
-            )  # larger on the disk than in memory, where all of it is read at once
+            # larger on the disk than in memory, where all of it is read at once and no class is checked
+            shards.verify(config.data, self.manifest)
         self._drawn_on = torch.device("cpu") if self.prefetch else device
         counts = torch.tensor([entry.count for entry in self.manifest.classes], device=self._drawn_on)
         for split in SPLITS:
