@@ -67,7 +67,7 @@ def submit(
     environment = job_environment(env or [], os.environ, allow_secrets=allow_secrets)
     experiment = _experiment(words[0], config, overrides)
     remarks = placement.check_storage(experiment)
-    wanted = [config, *placement.network_files(experiment, project)]
+    wanted = [config, *placement.network_files(experiment, project), *placement.starting_files(experiment, project)]
     cluster = submission.Cluster(url)
     placement.check_addresses(environment, same_files=cluster.shares_files, same_network=cluster.shares_network)
     placement.check_data_servers(experiment, same_network=cluster.shares_network)

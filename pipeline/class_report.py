@@ -184,11 +184,11 @@ def _number(value: float) -> float | None:
     return None if np.isnan(value) else float(value)
 
 
-def check(family: TaskFamily) -> ClassTasks:
-    """Raises ConfigError: these tasks have no classes to report on."""
-    if not isinstance(family, ClassTasks):
+def check(family: TaskFamily) -> None:
+    """Raises ConfigError: these tasks, those of a mixture's data sets, have no classes to report on."""
+    each = family.families if isinstance(family, MixtureTasks) else [family]
+    if not any(isinstance(one, ClassTasks) for one in each):
         raise ConfigError("--report: is about classes, and these tasks have none. Leave it out.")
-    return family
 
 
 def write(evaluation: Evaluation, family: ClassTasks, folder: Path, *, mode: Normalization) -> ClassReport:

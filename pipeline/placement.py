@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from urllib.parse import urlsplit
 
-from pipeline import http_path, storage
+from pipeline import http_path, initial, storage
 from pipeline.config import flatten
 from pipeline.errors import ConfigError, TrackingError
 from pipeline.experiment import Experiment
@@ -71,6 +71,31 @@ def network_files(experiment: Experiment, project: Path) -> list[Path]:
             f"and is given relative to it: {told}."
         )
     return [project / file.relative_to(project.resolve()) for file in found]
+
+
+def starting_files(experiment: Experiment, project: Path) -> list[Path]:
+    """The files with weights or words' vectors that have to travel: those that are given by a relative path.
+
+    Raises ConfigError: one that lies outside the project, or is no file, such as a run's folder, which does not travel.
+    """
+    content = flatten(experiment.to_dict())
+    given = {key: content.get(key) for key in ("training.init_from", "model.vectors")}
+    if getattr(experiment.model, "in_a_file", False):
+        given["model.weights"] = content["model.weights"]
+    found = []
+    for key, place in given.items():
+        if not place or "://" in place or place.startswith(initial.IN_A_REGISTRY) or Path(place).is_absolute():
+            continue
+        file = (project / place).resolve()
+        if not file.is_file() or not file.is_relative_to(project.resolve()):
+            is_folder = "a folder, which does not travel with the job" if file.is_dir() else "no file of this folder"
+            other = ", a registered model (models:/NAME@champion)" if key == "training.init_from" else ""
+            raise ConfigError(
+                f"{key}={place}: it is {is_folder}. Give a file in the current folder, which travels{other}, an object "
+                "store, or an absolute path that the head sees."
+            )
+        found.append(project / place)
+    return found
 
 
 def driver_resources(experiment: Experiment) -> dict[str, int]:

@@ -112,7 +112,7 @@ def _place_vectors(config: TextConfig, model: Text, tokens: Tokens, table: Tenso
     if several:
         told += f", {several:,} are no single word"
     if words - several > taken:
-        told += f", {words - several - taken:,} found it taken: raise model.buckets"
+        told += f", {words - several - taken:,} found it taken (the same word in other case, or model.buckets is small)"
     return placed, told
 
 

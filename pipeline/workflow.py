@@ -514,7 +514,9 @@ def _evaluated(
 
     evaluation = run(learner.state, keep_predictions=report is not None)
     if report:
-        class_report.write(evaluation, class_report.check(family), report, mode=promotion.MODE)
+        for _, own, of_set, place in class_report.by_set(evaluation, family, report):
+            if isinstance(of_set, ClassTasks):
+                class_report.write(own, of_set, place, mode=promotion.MODE)
     comparisons = []
     if baselines:
         ours = evaluation.final_scores(promotion.MODE)
@@ -524,8 +526,8 @@ def _evaluated(
             others |= unlearned.scores(family, split=part, seed=seed, episodes=episodes)
         sign = 1 if family.objective.higher_is_better else -1
         comparisons = [Comparison(n, Estimate.of(s), paired(sign * ours, sign * s)) for n, s in others.items()]
-    own = digest == learner.card.data_digest
-    return ModelEvaluation(learner, evaluation, comparisons, promotion.MODE, own, getattr(task, "data", None))
+    its_data = digest == learner.card.data_digest
+    return ModelEvaluation(learner, evaluation, comparisons, promotion.MODE, its_data, getattr(task, "data", None))
 
 
 def _check_unseen(learner: Learner, family: ClassTasks, part: Split) -> None:

@@ -223,7 +223,7 @@ def _leakage(manifest: shards.Manifest, found: Survey) -> str:
     if found.compared < 1:
         text.append(f"Identity was looked at for {100 * found.compared:.1f} % of the examples, all copies of each.")
     if found.near_compared and found.near_compared < manifest.num_examples:
-        text.append(f"Likeness was looked at for {found.near_compared} examples, evenly from all classes.")
+        text.append(f"Likeness was looked at for {found.near_compared} examples, spread evenly over the classes.")
     for kind, leaking in (("identical", found.identical), ("near-identical", found.near)):
         for split, each in leaking.items():
             if each.examples:

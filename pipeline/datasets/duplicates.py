@@ -164,6 +164,8 @@ class Likeness:
                     found[int(members[a]) * len(rows) + int(members[b])] = float(closeness[a, b])
                 if len(found) >= MAX_PAIRS:
                     break
+            if len(found) >= MAX_PAIRS:
+                break
         keys = np.array(sorted(found, key=lambda key: (-found[key], key)), dtype=np.int64).reshape(-1)
         return np.stack([keys // len(rows), keys % len(rows)], axis=1), rows
 

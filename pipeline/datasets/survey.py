@@ -22,6 +22,7 @@ from pipeline.tasks import shards
 from pipeline.types import SPLITS
 
 DECODED = 20  # encoded pictures of each class that are decoded
+LEAST_OF_A_CLASS = 2  # examples that are compared for likeness
 
 
 class ClassStatistics(NamedTuple):
@@ -61,7 +62,9 @@ def survey(
     """Look at every example of a data set. progress: told how many classes are done. Raises DataError."""
     digests = Digests(manifest.num_examples, texts=manifest.modality == "text")
     likeness = Likeness(manifest.modality, manifest.columns)
-    per_class = max(2, likeness.most // len(manifest.classes)) if likeness.most else 0
+    # two examples of a class are the least that is worth comparing: of more classes than that allows, some are left out
+    every = max(1, -(-LEAST_OF_A_CLASS * len(manifest.classes) // likeness.most)) if likeness.most else 1
+    per_class = max(LEAST_OF_A_CLASS, likeness.most // len(manifest.classes)) if likeness.most else 0
     classes: list[ClassStatistics] = []
     whole = Moments()
     originals: Counter[Original] = Counter()
@@ -79,7 +82,7 @@ def survey(
                 else:
                     moments.add(_values(part))
                 prototypes.add(compared)
-                wanted = which[: max(0, per_class - seen)]
+                wanted = which[: max(0, per_class - seen) if class_id % every == 0 else 0]
                 if len(wanted):
                     likeness.add(class_id, seen + wanted, compared[: len(wanted)], hashes[wanted])
                 seen += len(part)

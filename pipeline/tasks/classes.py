@@ -364,9 +364,8 @@ class ClassTasks(OneShape):
         """The only classes that an episode may hold, int64 [..., N] broadcast against the episodes; None: all."""
         if self._windows is None or not self._windows.applies(split):
             return None
-        classes = self._windows.candidates(seed, split, self._windows.numbers(split, steps, slots)).to(self._drawn_on)
-        every = len(self._members[split])
-        return torch.cat([classes + copy * every for copy in range(self._copies(split))], dim=-1)
+        numbers = self._windows.numbers(split, steps, slots)
+        return self._windows.candidates(seed, split, numbers, copies=self._copies(split)).to(self._drawn_on)
 
     def _inputs(self, split: Split, indices: EpisodeIndices | UnequalEpisodes) -> tuple[Tensor, Tensor]:
         """The network's inputs [T, S, *input_shape] and [T, Q, *input_shape], each class's examples in a row."""

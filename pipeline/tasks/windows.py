@@ -62,10 +62,17 @@ class Windows:
         position = number % in_round
         return self._round(seed, split, number // in_round)[position * size : (position + 1) * size]
 
-    def candidates(self, seed: int, split: Split, numbers: Tensor) -> Tensor:
-        """Window numbers [...] -> their classes, int64 [..., N], on the CPU."""
+    def candidates(self, seed: int, split: Split, numbers: Tensor, *, copies: int = 1) -> Tensor:
+        """Window numbers [...] -> their classes, int64 [..., copies · N], on the CPU.
+
+        copies: how many classes to draw from each of these is; the second ones have numbers from C on. Steps of one
+        window share its memory.
+        """
         which, back = numbers.cpu().unique(return_inverse=True)
-        return torch.stack([self.classes(seed, split, number) for number in which.tolist()])[back]
+        classes = torch.stack([self.classes(seed, split, number) for number in which.tolist()])
+        every = self.num_classes[split]
+        classes = torch.cat([classes + copy * every for copy in range(copies)], dim=-1)
+        return classes[0].expand(*back.shape, -1) if len(classes) == 1 else classes[back]
 
     def _round(self, seed: int, split: Split, number: int) -> Tensor:
         """int64 [C]: the order of one round. The last few are kept."""

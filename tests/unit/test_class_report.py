@@ -22,6 +22,7 @@ from pipeline import experiment as experiments
 from pipeline.errors import ConfigError
 from pipeline.experiment import Components
 from pipeline.learner import Learner, card_of
+from pipeline.tasks.classes import ClassTasks
 from pipeline.training.evaluate import MODES, Evaluation, Predictions, evaluate
 from tests.faults import experiment
 
@@ -38,6 +39,12 @@ def parts(tiny_data_set: Callable[..., Path], tmp_path_factory: pytest.TempPathF
     data = tiny_data_set(classes=30)
     exp = experiment(tmp_path_factory.mktemp("runs"), data)
     return experiments.build(exp, device=torch.device("cpu"))
+
+
+def classes_of(parts: Components) -> ClassTasks:
+    class_report.check(parts.family)
+    assert isinstance(parts.family, ClassTasks)
+    return parts.family
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +72,7 @@ def test_predictions_are_those_that_were_scored(parts: Components, evaluation: E
 
 @pytest.mark.parametrize("mode", MODES)
 def test_numbers_agree_with_loops_over_queries(parts: Components, evaluation: Evaluation, mode: Any) -> None:
-    family = class_report.check(parts.family)
+    family = classes_of(parts)
     told = class_report.report(evaluation, family, mode).to_dict()
     entries, predictions = family.entries("meta_test"), evaluation.predictions
     assert predictions is not None
@@ -134,7 +141,7 @@ def test_classes_and_queries_that_an_episode_does_not_have_count_for_nothing(
     """Where episodes differ in shape."""
     assert evaluation.predictions is not None
     padded = Predictions(*(F.pad(part, (0, 2), value=-1) for part in evaluation.predictions))
-    family = class_report.check(parts.family)
+    family = classes_of(parts)
     ours = class_report.report(replace(evaluation, predictions=padded), family, "inductive").to_dict()
     assert ours == class_report.report(evaluation, family, "inductive").to_dict()
 
@@ -156,7 +163,7 @@ def test_an_interval_needs_two_episodes_and_covers_what_it_should() -> None:
 
 
 def test_files(parts: Components, evaluation: Evaluation, tmp_path: Path) -> None:
-    family = class_report.check(parts.family)
+    family = classes_of(parts)
     ours = class_report.write(evaluation, family, tmp_path / "report", mode="inductive")
     files = {path.name for path in (tmp_path / "report").iterdir()}
     assert files == {"classes.json", "classes.png", "confusions.png", "groups.png"}
@@ -173,7 +180,7 @@ def test_files(parts: Components, evaluation: Evaluation, tmp_path: Path) -> Non
 def test_examples_are_the_classes_own_images(parts: Components) -> None:
     from pipeline.tasks.shards import ShardReader
 
-    family = class_report.check(parts.family)
+    family = classes_of(parts)
     reader = ShardReader(family.config.data, family.manifest)
     members = family.manifest.members("random", "meta_test")
     images = family.examples("meta_test", [7, 0], 3)
@@ -186,7 +193,7 @@ def test_all_right_and_tasks_without_classes(parts: Components, evaluation: Eval
     assert evaluation.predictions is not None
     perfect = evaluation.predictions._replace(answers=evaluation.predictions.labels.unsqueeze(1).expand(-1, 2, -1))
     object.__setattr__(evaluation := Evaluation(**vars(evaluation)), "predictions", perfect)
-    ours = class_report.write(evaluation, class_report.check(parts.family), tmp_path, mode="inductive")
+    ours = class_report.write(evaluation, classes_of(parts), tmp_path, mode="inductive")
     assert ours.pairs == []
     assert class_report.metrics(ours)["test_hardest_group_accuracy_inductive"] == 1
     sinusoid = experiments.from_dict(

@@ -236,6 +236,18 @@ def test_likeness_is_looked_for_in_bounded_memory(monkeypatch: pytest.MonkeyPatc
     assert duplicates.Likeness("text").most == 50_000
 
 
+def test_of_more_classes_than_likeness_has_room_for_some_are_compared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    classes = {f"c{i}": images(3) for i in range(10)}
+    classes["c6"][1] = classes["c0"][1] ^ 1  # nearly the same
+    manifest = written(tmp_path / "out", classes, [0, *[1] * 9])
+    monkeypatch.setattr(duplicates._Pictures, "most", 7)
+    found = survey(tmp_path / "out", manifest)
+    assert found.near_compared == 8  # two each of c0, c3, c6 and c9
+    assert found.near["random"].listed == [Pair("c0", 1, "c6", 1)]
+
+
 @settings(max_examples=40, deadline=None)
 @given(
     contents=st.lists(st.tuples(st.integers(0, 3), st.integers(0, 9)), min_size=1, max_size=40),

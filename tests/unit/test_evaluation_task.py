@@ -118,8 +118,11 @@ def test_a_model_of_a_mixture(tiny_data: Path, other: Path, tmp_path: Path) -> N
     task = {**content["task"], "variable": {"least_n_way": 2, "evaluation": True}, "augmentation": {"flip": 0.5}}
     content["task"] = {"family": "mixture", "sets": [{"name": name, "task": task} for name in ("a", "b")]}
     learner = learner_of(experiments.from_dict(content, source="test"))
-    own = workflow.evaluate_model(learner, episodes=4)
+    own = workflow.evaluate_model(learner, episodes=4, report=tmp_path / "report")
     assert list(own.evaluation.of_sets()) == ["a", "b"]
+    for name in "ab":
+        told = json.loads((tmp_path / "report" / "sets" / name / "classes.json").read_text())
+        assert told["episodes"] == own.evaluation.of_sets()[name].episodes
     assert own.evaluation.task["sets"]["a"]["k_shot"] == "variable"
     fixed = workflow.evaluate_model(learner, episodes=4, n_way=3)
     assert fixed.evaluation.task["sets"]["b"]["k_shot"] == 1

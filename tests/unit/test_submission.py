@@ -255,6 +255,33 @@ def test_a_network_of_the_users_own_travels_with_its_package(tmp_path: Path) -> 
     assert placement.network_files(network(str(project / "data/code")), tmp_path / "other") == []  # on shared storage
 
 
+@pytest.mark.parametrize("key", ["training.init_from", "model.vectors", "model.weights"])
+def test_files_to_start_from_travel_where_their_path_is_relative(tmp_path: Path, key: str) -> None:
+    touch(tmp_path / "project", "given/start.safetensors", "runs/earlier/config.yaml")
+    touch(tmp_path, "elsewhere.safetensors")
+
+    def starts_from(place: str) -> list[Path]:
+        content = experiment().to_dict()
+        section, name = key.split(".")
+        model = {"init_from": {}, "vectors": {"name": "text"}, "weights": {"name": "torchvision"}}[name]
+        content["model"] = model or content["model"]
+        if name == "weights":
+            content["model"] |= {"architecture": "resnet18"}
+        content[section][name] = place
+        return placement.starting_files(experiments.from_dict(content, source="test"), tmp_path / "project")
+
+    assert starts_from("given/start.safetensors") == [tmp_path / "project/given/start.safetensors"]
+    assert starts_from("/anywhere/start.safetensors") == []
+    assert starts_from("s3://bucket/start.safetensors") == []
+    for wrong in ("../elsewhere.safetensors", "given/none.safetensors"):
+        with pytest.raises(ConfigError, match=f"{key}={wrong}: it is no file of this folder.*which travels"):
+            starts_from(wrong)
+    if key == "training.init_from":
+        assert starts_from("models:/earlier@champion") == []
+        with pytest.raises(ConfigError, match=r"init_from=runs/earlier: it is a folder, which does not travel"):
+            starts_from("runs/earlier")
+
+
 def test_a_command_that_trains_by_itself_asks_for_what_it_needs() -> None:
     assert placement.driver_resources(experiment("training.backend=ray", "training.num_workers=2")) == {}
     here = experiment("training.backend=processes", "training.num_workers=2", "training.cpus_per_worker=2")

@@ -215,9 +215,11 @@ def test_tables_that_are_misread_are_refused_before_anything_is_written(
 
 def test_files_that_are_no_tables_are_refused(tmp_path: Path) -> None:
     (tmp_path / "empty.csv").touch()
+    (tmp_path / "header.csv").write_text("label,x")
     (tmp_path / "bad.parquet").write_bytes(b"PAR1 no more")
     for name, file, words in (
         ("csv", "empty.csv", "not a table that can be read"),
+        ("csv", "header.csv", "no row has a label"),
         ("parquet", "bad.parquet", "not a Parquet file"),
         ("csv", "none.csv", "no such file or folder"),
         ("parquet", "", "not a Parquet file"),

@@ -68,6 +68,10 @@ def test_within_a_round_no_class_comes_twice(every: int, size: int, number: int,
         windows.candidates(seed, "meta_train", several)[[0, 2], 0],
         windows.classes(seed, "meta_train", number).expand(2, -1),
     )
+    one = windows.candidates(seed, "meta_train", torch.full((100, 1), number), copies=4)
+    assert one.shape == (100, 1, 4 * size)
+    assert one.untyped_storage().nbytes() == 4 * size * 8
+    assert torch.equal(one[99, 0, size : 2 * size], windows.classes(seed, "meta_train", number) + every)
 
 
 def test_all_classes_come_and_orders_differ() -> None:

@@ -110,11 +110,12 @@ class CsvFiles:
             return "skip"
 
         content = csv_blocks.marked(block)
+        ended = content if b"\n" in content or b"\r" in content else content + b"\n"  # or Arrow takes a row for none
         try:
             table = pa_csv.read_csv(
-                pa.BufferReader(content or b"\n"),
+                pa.BufferReader(ended),
                 read_options=pa_csv.ReadOptions(
-                    block_size=len(content) + 1,
+                    block_size=len(ended) + 1,
                     use_threads=False,
                     column_names=names,
                     autogenerate_column_names=names is None,
