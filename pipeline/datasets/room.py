@@ -46,8 +46,8 @@ def told(folder: Path, needed: Callable[[], int | None], *, what: str) -> Iterat
         wanted = f"about {shown(size)} are needed and " if size is not None else ""
         raise Unfinished(
             f"{folder}: no room for {what} ({os.strerror(error.errno)}; {wanted}{shown(_free(folder))} are free). Make "
-            "room on that disk and run the same command again to go on, or choose an --out on a larger one (where --out is "
-            "an object store, set XDG_CACHE_HOME to a folder there)."
+            "room on that disk and run the same command again to go on, or choose an --out on a larger one (where it "
+            "is an object store: set XDG_CACHE_HOME to a folder on a larger one)."
         ) from error
 
 

@@ -7,6 +7,7 @@ one (the first variant) on all of them. A case costs about a second: few variant
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from pipeline.experiment import Components, Experiment
 from pipeline.learner import ModelCard, card_of
 from pipeline.tasks.tabular import TabularTasks
 from pipeline.tasks.text import TextTasks
-from pipeline.types import MetaState, TaskBatch
+from pipeline.types import MetaGradient, MetaState, TaskBatch
 
 TASKS = 6
 
@@ -205,6 +206,12 @@ class Case:
         self.state = self.algorithm.init(3)
         self.batch = sample(self.parts)
         self.gradient = self.algorithm.meta_grad(self.state, self.batch, step=0)
+
+    @cached_property
+    def later(self) -> tuple[MetaState, MetaGradient]:
+        """A state whose running statistics and carried inner state are those after a step, and its meta-gradient."""
+        state = observed(self)
+        return state, self.algorithm.meta_grad(state, self.batch, step=1)
 
     def has(self, key: str) -> bool:
         """Whether the algorithm has this key."""
