@@ -16,6 +16,7 @@ from PIL import Image
 
 from jobs import data_prepare
 from pipeline.datasets import on_ray, prepare, reading
+from pipeline.datasets.adopt import adopt
 from pipeline.datasets.image_folder import ImageFolder
 from pipeline.datasets.preprocessing import Preprocessing
 from pipeline.errors import DataError, Unfinished
@@ -69,6 +70,28 @@ def test_a_task_that_dies(ray_cluster: None, tmp_path: Path, monkeypatch: pytest
         prepare.prepare(
             Fatal([2, 2], trace=str(os.getpid())), tmp_path / "out", record={}, reader=on_ray.read_chunks, workers=1
         )
+
+
+def test_what_a_ray_data_pipeline_writes_is_a_data_set(ray_cluster: None, tmp_path: Path) -> None:
+    """Rows that a user's own pipeline makes on the cluster, adopted where it wrote them."""
+    import ray.data
+
+    def described(row: dict[str, Any]) -> dict[str, Any]:
+        number = int(row["id"])
+        values = np.random.default_rng(number).normal(size=4).astype(np.float32)
+        return {"species": f"kind{number % 6}", "values": values}
+
+    ray.data.range(60, override_num_blocks=3).map(described).write_parquet(str(tmp_path / "written"))
+    adopted = adopt(tmp_path / "written", label="species")
+    assert adopted.modality == "vector"
+    assert [entry.count for entry in adopted.classes] == [10] * 6
+    shards.verify(tmp_path / "written")
+    with shards.ShardReader(tmp_path / "written", adopted) as reader:
+        rows = {entry.name: reader.read_class(i) for i, entry in enumerate(adopted.classes)}
+    expected = [described({"id": number}) for number in range(60)]
+    for name, found in rows.items():
+        own = np.stack([row["values"] for row in expected if row["species"] == name])
+        np.testing.assert_array_equal(found[found[:, 0].argsort()], own[own[:, 0].argsort()])
 
 
 OWN_DISK = """

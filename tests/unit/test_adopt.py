@@ -141,6 +141,17 @@ def test_a_hubs_struct_of_bytes_and_path(tmp_path: Path) -> None:
         assert reader.read_class(1, [2]) == [rows[6]["bytes"]]
 
 
+def test_tensors_are_the_vectors_that_they_hold(tmp_path: Path) -> None:
+    values = np.arange(48, dtype=np.float32).reshape(12, 4)
+    labels = [f"c{i // 2}" for i in range(12)]
+    tensors = pa.FixedShapeTensorArray.from_numpy_ndarray(values)
+    pq.write_table(pa.table({"label": labels, "values": tensors}), tmp_path / "x.parquet")
+    manifest = adopt(tmp_path)
+    assert (manifest.modality, manifest.shape) == ("vector", (4,))
+    with shards.ShardReader(tmp_path, manifest) as reader:
+        np.testing.assert_array_equal(reader.read_class(1), values[2:4])
+
+
 def test_adopted_pixels_are_trained_on(tmp_path: Path) -> None:
     write_polars(table("image", shuffled=True), tmp_path)
     adopt(tmp_path, example="example", shape=(8, 8, 3))

@@ -115,6 +115,8 @@ def guess_example(folder: Location, given: str | None, label: str, group: str | 
         if given.split(".", 1)[1] not in fields:
             raise DataError(f"{folder}: column {given.split('.')[0]!r} has no field {given.split('.', 1)[1]!r}.")
         kind = fields[given.split(".", 1)[1]]
+    if isinstance(kind, pa.BaseExtensionType):
+        kind = kind.storage_type
     return given, kind.value_type if pa.types.is_dictionary(kind) else kind
 
 

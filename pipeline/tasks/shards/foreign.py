@@ -41,6 +41,8 @@ def column_of(table: pa.Table | pa.RecordBatch, path: str) -> pa.Array:
         if not pa.types.is_struct(array.type):
             raise ValueError(f"column {name!r} is no struct")
         array = pc.struct_field(array, field)
+    if isinstance(array.type, pa.BaseExtensionType):  # tensors of Ray Data, known where it is imported
+        array = array.storage
     return array.dictionary_decode() if pa.types.is_dictionary(array.type) else array
 
 
