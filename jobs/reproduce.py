@@ -36,7 +36,7 @@ def reproduce(
     plan_file: Annotated[Path, typer.Argument(metavar="FILE", help="Reproduction file.")] = Path(
         "configs/reproduce/omniglot.yaml"
     ),
-    budget: Annotated[Budget, typer.Option(help="cpu: two cores and minutes; gpu: the papers' own recipes.")] = (
+    budget: Annotated[Budget, typer.Option(help="cpu: two cores and minutes; gpu: the papers' recipes.")] = (
         Budget.CPU
     ),
     only: Annotated[list[str] | None, typer.Option("--only", help="Only this algorithm. Repeatable.")] = None,

@@ -135,10 +135,11 @@ def report(evaluation: Evaluation, family: ClassTasks, mode: Normalization) -> C
     labels = predictions.labels.numpy().astype(np.int64)
     answers = predictions.answers[:, MODES.index(mode)].numpy().astype(np.int64)  # [E, Q]
     episodes, n_way = classes.shape
-    counts = np.zeros((episodes, n_way, n_way), dtype=np.int64)  # queries of a label, and what they were answered
+    counts = np.zeros((episodes, n_way, n_way + 1), dtype=np.int64)  # queries of a label, by their answers; -1: none
     of_episode, query = np.nonzero(labels >= 0)
     np.add.at(counts, (of_episode, labels[of_episode, query], answers[of_episode, query]), 1)
     asked = counts.sum(axis=2)
+    counts = counts[..., :n_way]
     right = np.diagonal(counts, axis1=1, axis2=2)
     episode = np.broadcast_to(np.arange(episodes)[:, None], classes.shape)
 

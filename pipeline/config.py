@@ -18,6 +18,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pipeline.errors import ConfigError
 from pipeline.storage import Location, location
 
+CLOSE = 0.75  # how alike an unknown key is to one that is suggested for it, in 0…1
+
 
 class Section(BaseModel):
     """A part of the configuration: immutable, unknown keys refused, defaults checked like given values."""
@@ -155,7 +157,7 @@ def _explain(section: type[Section], detail: Any) -> str:
     kind, context = detail["type"], detail.get("ctx", {})
     if kind == "extra_forbidden":
         known = [key for option in around for key in option.model_fields]
-        near = difflib.get_close_matches(keys[-1], known, n=1)
+        near = difflib.get_close_matches(keys[-1], known, n=1, cutoff=CLOSE)
         hint = f"did you mean {near[0]}?" if near else f"known here: {', '.join(sorted(known))}"
         return f"{name}: unknown key ({hint})"
     if kind == "missing":

@@ -93,7 +93,7 @@ def _by_layer(params: Params) -> Params:
     """Named parameters [T, ...] -> the length of each module's, all of its parameters together: float64 [T]."""
     layers: dict[str, list[Tensor]] = {}
     for name, value in params.items():
-        length = torch.linalg.vector_norm(value.detach().flatten(1), dim=1, dtype=torch.float64)
+        length = torch.linalg.vector_norm(value.detach().reshape(len(value), -1), dim=1, dtype=torch.float64)
         layers.setdefault(name.rpartition(".")[0] or name, []).append(length)
     return {layer: torch.linalg.vector_norm(torch.stack(lengths), dim=0) for layer, lengths in layers.items()}
 

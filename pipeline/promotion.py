@@ -69,6 +69,9 @@ def decide(
         )
 
     own = scores(candidate)
+    if not bool(own.losses[..., -1].isfinite().all()):
+        version = champion[0] if champion else None
+        return Decision(False, "its answers are not finite in some episodes", own.score(MODE), version)
     if champion is None:
         return Decision(True, "there was no champion", own.score(MODE))
     version, other = champion

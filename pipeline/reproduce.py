@@ -133,7 +133,7 @@ class Plan:
     def select(self, *, only: Iterable[str] = (), settings: Iterable[str] = ()) -> list[Cell]:
         """The cells of these algorithms and settings; of all where none is given.
 
-        Raises ConfigError: there is no such algorithm or setting in the plan.
+        Raises ConfigError: there is no such algorithm or setting in the plan, or no cell of both.
         """
         only, settings = list(only), list(settings)
         algorithms = list(dict.fromkeys(cell.algorithm for cell in self.cells))
@@ -141,11 +141,15 @@ class Plan:
             for name in chosen:
                 if name not in known:
                     raise ConfigError(f"{option} {name}: the {self.budget} budget has only {', '.join(known)}.")
-        return [
+        found = [
             cell
             for cell in self.cells
             if (not only or cell.algorithm in only) and (not settings or cell.setting in settings)
         ]
+        if not found:
+            there = ", ".join(f"{cell.algorithm} {cell.setting}" for cell in self.cells if cell.algorithm in only)
+            raise ConfigError(f"--only and --settings: the {self.budget} budget has no such cell, only {there}.")
+        return found
 
 
 def load(path: str | Path, *, budget: BudgetName, out: str | Location, data: str | None = None) -> Plan:
@@ -330,6 +334,7 @@ def run(
     for cell in cells:
         if look(cell).status != "finished":
             experiments.check_device(cell.experiment)
+            _check_size(cell)
     failed = 0
     for number, cell in enumerate(cells, start=1):
         title = f"[{number}/{len(cells)}] {cell.algorithm} {cell.setting}"
@@ -349,6 +354,14 @@ def run(
                 failed += 1
                 say(f"{title}: failed: {error}")
     return failed
+
+
+def _check_size(cell: Cell) -> None:
+    """Raises DataError: the data set, which has been verified, is too small for the cell's tasks."""
+    task = cell.experiment.task
+    manifest = shards.read_manifest(task.data)
+    for part in task.parts:
+        task.check_size(manifest, part)
 
 
 def _run_cell(cell: Cell, watch: Watch, *, fresh: bool, say: Callable[[str], None]) -> str:

@@ -30,7 +30,7 @@ from pipeline import (
 from pipeline import experiment as experiments
 from pipeline.credentials import without_credentials
 from pipeline.datasets.preprocessing import Preprocessing
-from pipeline.errors import ConfigError, DataError, TrackingError
+from pipeline.errors import ConfigError, DataError, TrackingError, TrainingStopped
 from pipeline.evaluation_task import Part
 from pipeline.experiment import Components, Experiment
 from pipeline.learner import Learner, card_of
@@ -232,7 +232,16 @@ def best_checkpoint(run: RunFolder) -> tuple[int, MetaState]:
 
 
 def evaluate_run(exp: Experiment, run: RunFolder, parts: Components, log: RunLog, data_digest: str) -> Evaluation:
-    """The best checkpoint on the test episodes: numbers, per-episode results and pictures, in the run and in MLflow."""
+    """The best checkpoint on the test episodes: numbers, per-episode results and pictures, in the run and in MLflow.
+
+    Raises TrainingStopped: there is no best one, as the answers in all validations were not finite.
+    """
+    if run.checkpoints.best() is None:
+        raise TrainingStopped(
+            f"{run.path}: in no validation were all losses finite, so there is nothing to evaluate or register: the "
+            "adapted learner diverges. Lower algorithm.inner_lr or algorithm.eval_adaptation_steps (and what else "
+            "makes adaptation at test differ from that in training), and start anew with --fresh."
+        )
     step, state = best_checkpoint(run)
     chunk = experiments.task_chunk(exp, parts, launch.default_device())
     test = evaluate(

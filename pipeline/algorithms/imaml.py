@@ -25,14 +25,13 @@ gradient, which takes effect only where the Hessian has eigenvalues below −3/4
 Disadvantages: all of this is true at the solution, so too few inner steps, or a λ that is small beside the curvature,
 give a wrong gradient without a word; a large λ keeps a task from adapting. The Hessian is that of the support loss
 under one pass's batch statistics and dropout masks. Each step of conjugate gradient costs about two inner steps.
-`recompute_inner_steps` changes nothing.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -60,24 +59,18 @@ class IMAMLConfig(InnerLoopConfig):
     cg_steps: int = Field(default=5, ge=1)  # of conjugate gradient
     cg_damping: float = Field(default=0.0, ge=0)  # δ: a multiple of the identity that is added to the matrix
 
-    @model_validator(mode="after")
-    def _steps_can_converge(self) -> Self:
-        curvature = self.regularization + self.inner_weight_decay
-        if self.inner_optimizer == "sgd" and self.inner_lr * curvature >= 2 * (1 + self.inner_momentum):
-            raise ValueError(
-                f"inner_lr ({self.inner_lr}) times regularization and inner_weight_decay ({curvature}) is at least "
-                f"{2 * (1 + self.inner_momentum):g}, so inner steps diverge by the regularization alone. Lower one of "
-                "them, well below that"
-            )
-        return self
+    differentiates_steps: ClassVar[bool] = False
 
     @model_validator(mode="after")
-    def _second_order(self) -> Self:
-        if self.first_order:
-            raise ValueError(
-                "first_order: true has nothing to leave out: imaml does not differentiate its inner steps. Set it to "
-                "false, or take maml; cg_steps: 1 is the cheapest here"
-            )
+    def _steps_can_converge(self) -> Self:
+        for key, given in (("regularization", self.regularization), ("eval_regularization", self.eval_regularization)):
+            curvature = (given or 0.0) + self.inner_weight_decay
+            if self.inner_optimizer == "sgd" and self.inner_lr * curvature >= 2 * (1 + self.inner_momentum):
+                raise ValueError(
+                    f"inner_lr ({self.inner_lr}) times {key} and inner_weight_decay ({curvature}) is at least "
+                    f"{2 * (1 + self.inner_momentum):g}, so inner steps diverge by the regularization alone. Lower one "
+                    "of them, well below that"
+                )
         return self
 
     def build(self, *, model: TaskModel, objective: Objective, train_classes: int | None = None) -> IMAML:

@@ -9,10 +9,10 @@ Shapes: every tensor carries a leading task axis; each task has its own gradient
 from __future__ import annotations
 
 from fnmatch import fnmatchcase
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal, Self
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor
 
 from pipeline.algorithms.episodic import EpisodicConfig, named_gradients
@@ -37,6 +37,26 @@ class InnerStepsConfig(EpisodicConfig):
     # patterns of parameters that inner steps leave as they are; the outer loop still learns them
     first_order: bool = False
     recompute_inner_steps: bool = False  # exact, and memory does not grow with the steps, for up to 1.4 times the time
+
+    differentiates_steps: ClassVar[bool] = True  # whether the meta-gradient goes through the inner steps
+
+    @model_validator(mode="after")
+    def _steps_are_differentiated(self) -> Self:
+        for key in ("first_order", "recompute_inner_steps"):
+            if getattr(self, key) and not self.differentiates_steps:
+                raise ValueError(
+                    f"{key}: true changes nothing here: this algorithm does not differentiate its inner steps. Leave "
+                    "it out"
+                )
+        return self
+
+    @field_validator("inner_betas")
+    @classmethod
+    def _betas_are_of_adam(cls, value: tuple[float, float], info: object) -> tuple[float, float]:
+        of_sgd = getattr(info, "data", {}).get("inner_optimizer") == "sgd"
+        if of_sgd and value != cls.model_fields["inner_betas"].default:
+            raise ValueError("are for inner_optimizer: adam; sgd has inner_momentum")
+        return value
 
     @field_validator("inner_momentum")
     @classmethod
@@ -128,7 +148,7 @@ class InnerOptimizer:
 
 def clipped(grads: Params, bound: float) -> Params:
     """Each task's gradient, over all names [T, ...], scaled to a norm of at most `bound`."""
-    squares = [g.square().flatten(1).sum(1) for g in grads.values()]
+    squares = [g.square().reshape(len(g), -1).sum(1) for g in grads.values()]
     norm = (torch.stack(squares).sum(0) + EPSILON**2).sqrt()  # [T]
     scale = (bound / norm).clamp(max=1.0)
     return {k: g * _broadcast(scale, g) for k, g in grads.items()}

@@ -154,7 +154,7 @@ def preprocessed(x: Tensor) -> Tensor:
 
 def flat(params: Params) -> Tensor:
     """[T, ...] each -> all coordinates [T, 1, P]."""
-    return torch.cat([value.flatten(1) for value in params.values()], dim=1).unsqueeze(1)
+    return torch.cat([value.reshape(len(value), -1) for value in params.values()], dim=1).unsqueeze(1)
 
 
 def unflat(coordinates: Tensor, like: Params) -> Params:

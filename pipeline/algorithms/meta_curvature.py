@@ -27,7 +27,7 @@ from pipeline.errors import ConfigError
 from pipeline.types import MetaState, Objective, Params, TaskModel
 
 LARGEST_MODE = 4096  # of a parameter: its matrix has that many entries squared
-MODES = ("out", "in", "filter")  # of a parameter [outputs, inputs, ...], as far as it has them
+MODES = ("out", "in", "filter")  # of a parameter [outputs, inputs, ...], as far as it has them; a scalar has one
 
 
 class MetaCurvatureConfig(InnerLoopConfig):
@@ -76,7 +76,7 @@ class MetaCurvature(GradientBased):
 
     def _transform(self, grads: Params, learned: Params, number: int) -> Params:
         return {
-            name: transformed(grad, [learned[_name_of(mode, name)] for mode in MODES[: min(grad.ndim - 1, len(MODES))]])
+            name: transformed(grad, [learned[_name_of(mode, name)] for mode in MODES[: max(grad.ndim - 1, 1)]])
             for name, grad in grads.items()
         }
 
@@ -86,7 +86,7 @@ def transformed(grad: Tensor, matrices: list[Tensor]) -> Tensor:
 
     One matrix for the outputs, one for the inputs, one for all further dimensions together, as many as there are.
     """
-    value = grad.flatten(3) if grad.ndim > 3 else grad
+    value = grad.flatten(3) if grad.ndim > 3 else grad.reshape(len(grad), -1) if grad.ndim == 1 else grad
     for dimension, matrix in enumerate(matrices, start=1):
         along = value.movedim(dimension, 1)
         value = torch.einsum("tab,tb...->ta...", matrix, along).movedim(1, dimension)
@@ -94,7 +94,7 @@ def transformed(grad: Tensor, matrices: list[Tensor]) -> Tensor:
 
 
 def _mode_sizes(value: Tensor) -> list[int]:
-    outputs_and_inputs, filters = list(value.shape[:2]), value.shape[2:]
+    outputs_and_inputs, filters = list(value.shape[:2]) or [1], value.shape[2:]
     return outputs_and_inputs + ([math.prod(filters)] if filters else [])
 
 

@@ -40,6 +40,7 @@ from pipeline.algorithms.episodic import (
     statistics_for,
 )
 from pipeline.algorithms.gradient_based import FEATURES
+from pipeline.errors import ConfigError
 from pipeline.types import (
     Adapted,
     MetaState,
@@ -82,11 +83,16 @@ class MetricBased(Episodic):
     def __init__(self, config: Any, *, model: TaskModel, objective: Objective, scale: float) -> None:
         """scale: what similarities are multiplied by where the configuration leaves it open.
 
-        Raises ConfigError: the task is no classification, or the model has no features.
+        Raises ConfigError: the task is no classification, or the model has no features or nothing before its head.
         """
         super().__init__(config, model=model, objective=objective)
         only_classification(config.name, objective)
         needs_features(config.name, model)
+        if set(model.parameter_names) <= set(model.head):
+            raise ConfigError(
+                f"algorithm.name: {config.name} learns what lies before the head, and this model is a head alone. Give "
+                "it layers (model.hidden), or choose another algorithm."
+            )
         self._initial_scale = config.scale or scale
         self._name = config.name
         self._log_scale = f"{config.name}/log_scale"  # the learned one's name

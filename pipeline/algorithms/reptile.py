@@ -25,13 +25,13 @@ and the one query. Transductive is the same.
 
 Disadvantages: a meta-gradient is small and noisy next to MAML's, so it takes many outer steps and the decay of the
 rate; nothing tells it that the query set is what matters; parameters that do not adapt (`freeze`) are not learned at
-all. No graph is kept beyond a step, so `first_order` and `recompute_inner_steps` change nothing.
+all.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -57,6 +57,8 @@ class ReptileConfig(InnerLoopConfig):
     train_on: Literal["support", "all"] = "support"  # of a task in meta-training; all: its query set too
     inner_state: Literal["fresh", "carried"] = "fresh"
     # of Adam or momentum at a task's start; carried: from those before
+
+    differentiates_steps: ClassVar[bool] = False
 
     @model_validator(mode="after")
     def _there_is_a_state_to_carry(self) -> Self:

@@ -29,7 +29,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import Any, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 import torch.nn.functional as F
@@ -63,7 +63,9 @@ class TransferConfig(InnerLoopConfig):
     cosine_scale: float = Field(default=10.0, gt=0)  # s, of cosines as logits
     fine_tune: Literal["head", "all"] = "head"  # what an episode's steps change
     adaptation_steps: int = Field(default=20, ge=1)
-    # of an episode's head. Meta-training has no inner steps, so first_order and recompute_inner_steps change nothing
+    # of an episode's head; meta-training has no inner steps
+
+    differentiates_steps: ClassVar[bool] = False
 
     @model_validator(mode="after")
     def _one_normalization(self) -> Self:

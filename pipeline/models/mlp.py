@@ -24,7 +24,7 @@ class MLPConfig(Section):
     inputs: ClassVar[tuple[Inputs, ...]] = ("images", "vectors")
 
     name: Literal["mlp"]
-    hidden: list[Annotated[int, Field(ge=1)]] = Field(default=[40, 40], min_length=1)  # units per layer
+    hidden: list[Annotated[int, Field(ge=1)]] = Field(default=[40, 40])  # units per layer; []: a head alone
     normalization: Literal["none", "batch"] = "none"  # batch: MAML's non-convolutional Omniglot network
 
     def build(
@@ -102,8 +102,13 @@ class MLP:
         low_precision: bool = False,
         keys: Tensor | None = None,
     ) -> tuple[Tensor, Statistics]:
-        """x [T, N, ...] -> the last hidden layer [T, N, units], observed statistics (empty without normalization)."""
+        """x [T, N, ...] -> the last hidden layer [T, N, units], observed statistics (empty without normalization).
+
+        Without hidden layers the inputs themselves.
+        """
         x = x.flatten(2)
+        if not self.config.hidden:
+            return x, {}
         if self.config.normalization == "none":
             return F.relu(self._dense(params, x, self._layers())), {}
         normalize = Normalizer(statistics, observe)

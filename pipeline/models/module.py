@@ -211,7 +211,7 @@ class ModuleModel:
             with torch.no_grad():
                 shape = list(self.apply(params, x)[0].shape[1:])
                 draws = self._keyed and self._draws_without_keys(params, x)
-        except (RuntimeError, ValueError, TypeError) as error:
+        except (RuntimeError, ValueError, TypeError, AssertionError) as error:  # torchvision's are assertions
             raise ConfigError(f"{key}: {name} cannot take inputs {[2, *input_shape]}: {error}") from error
         if shape != [2, num_outputs]:
             raise ConfigError(f"{key}: {name} returns {shape} for two examples, the task needs {[2, num_outputs]}.")
@@ -324,7 +324,8 @@ class ModuleModel:
         key: Tensor | None,
     ) -> tuple[Tensor, Statistics]:
         for name, norm in self._norms.items():
-            norm.given = None if statistics is None else (statistics[f"{name}.mean"], statistics[f"{name}.var"])
+            known = statistics is not None and f"{name}.mean" in statistics
+            norm.given = (statistics[f"{name}.mean"], statistics[f"{name}.var"]) if statistics and known else None
         layers = len(self._dropouts)
         for dropout, layer_key in zip(
             self._dropouts, [None] * layers if key is None else bits(key, layers), strict=True
@@ -333,8 +334,8 @@ class ModuleModel:
         output = call(params, x)
         observed: Statistics = {}
         for name, norm in self._norms.items():
-            assert norm.observed is not None, f"{name} was not used in the forward pass"
-            observed[f"{name}.mean"], observed[f"{name}.var"] = norm.observed
+            if norm.observed is not None:  # None: of a branch that is for training alone, as GoogLeNet's auxiliary ones
+                observed[f"{name}.mean"], observed[f"{name}.var"] = norm.observed
             norm.given = norm.observed = None
         return output, observed
 

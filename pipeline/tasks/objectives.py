@@ -24,8 +24,9 @@ class Classification:
         return self.losses(outputs, targets).mean(1)
 
     def score(self, outputs: Tensor, targets: Tensor) -> Tensor:
-        """Accuracy per task in 0…1: logits [T, N, D], labels [T, N] -> [T]."""
-        return (outputs.argmax(dim=-1) == targets).to(outputs.dtype).mean(dim=1)
+        """Accuracy per task in 0…1: logits [T, N, D], labels [T, N] -> [T]. NaN is no right answer."""
+        right = (outputs.argmax(dim=-1) == targets) & ~outputs.isnan().any(dim=-1)
+        return right.to(outputs.dtype).mean(dim=1)
 
     def answers(self, outputs: Tensor) -> Tensor:
         """Class probabilities: logits [..., D] -> [..., D]."""

@@ -60,7 +60,8 @@ class Estimate:
 class Predictions(NamedTuple):
     """What each query was answered after the last adaptation step. int32, on the CPU: a few bytes an answer.
 
-    Where episodes differ in shape, -1 stands for the classes and queries that an episode does not have.
+    Where episodes differ in shape, -1 stands for the classes and queries that an episode does not have, and -1 is the
+    answer of outputs that are NaN.
     """
 
     classes: Tensor  # [E, n_way], which of the split's classes a label stands for
@@ -127,7 +128,7 @@ class Evaluation:
         }
 
     def to_dict(self) -> dict[str, Any]:
-        """The result with all that is needed to get it again."""
+        """The result with all that is needed to get it again; None for what is not finite, which JSON has not."""
         on_fewer = {} if self.curve_episodes is None else {"episodes_before_the_last_step": self.curve_episodes}
         return {
             "split": self.split,
@@ -142,9 +143,9 @@ class Evaluation:
                 mode: [
                     {
                         "adaptation_step": k,
-                        "mean": e.mean,
-                        "ci95": e.half_width,
-                        "loss": self.loss(mode, k).mean,
+                        "mean": _number(e.mean),
+                        "ci95": _number(e.half_width),
+                        "loss": _number(self.loss(mode, k).mean),
                     }
                     for k in range(self.adaptation_steps + 1)
                     for e in [self.score(mode, k)]
@@ -153,6 +154,10 @@ class Evaluation:
             },
             **({"sets": {name: each.to_dict() for name, each in self.of_sets().items()}} if self.sets else {}),
         }
+
+
+def _number(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def paired(candidate: Tensor, champion: Tensor) -> Estimate:
@@ -229,7 +234,7 @@ def evaluate(
                     results[0, rows, m, step] = family.objective.score(outputs, batch.query_y).to(torch.float64)
                     results[1, rows, m, step] = family.objective.loss(outputs, batch.query_y).to(torch.float64)
                     if keep_predictions and step == scored - 1:
-                        answers.append(outputs.argmax(dim=-1))
+                        answers.append(outputs.argmax(dim=-1).masked_fill_(outputs.isnan().any(dim=-1), -1))
         if keep_predictions and batch.classes is not None:
             told = (batch.classes, batch.query_y, torch.stack(answers, dim=1))
             kept.append((slots, Predictions(*(part.to("cpu", torch.int32) for part in told))))

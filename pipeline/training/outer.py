@@ -30,6 +30,12 @@ class OuterConfig(Section):
     gradient_clip: float | None = Field(default=None, gt=0)  # bound on the meta-gradient's global norm
 
     @model_validator(mode="after")
+    def _momentum_is_of_sgd(self) -> OuterConfig:
+        if self.momentum and self.optimizer != "sgd":
+            raise ValueError(f"momentum ({self.momentum}) is for optimizer: sgd; {self.optimizer} has its own")
+        return self
+
+    @model_validator(mode="after")
     def _no_power_reaches_zero(self) -> OuterConfig:
         if self.schedule == "exponential" and self.final_lr_fraction == 0:
             raise ValueError(

@@ -34,6 +34,7 @@ PROBLEMS: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "sinusoid": ({"family": "sinusoid"}, {"name": "mlp", "hidden": [16]}, "auto"),
     "module by loop": (IMAGES, {**MODULE, "batching": "loop"}, "auto"),
     "module by vmap": (IMAGES, {**MODULE, "batching": "vmap"}, "auto"),
+    "resnet12": (IMAGES, {"name": "resnet12", "widths": [2, 3, 4, 5], "drop_rate": 0.1}, "auto"),
     "conv4": (IMAGES, CONV4, "auto"),  # native kernels where they can be built
     "conv4 pure": (IMAGES, CONV4, "pure"),
     "conv4 closed": (IMAGES, CONV4, "closed"),
@@ -55,10 +56,20 @@ CLASSIFICATION = ("images", "module by vmap", "conv4")
 ANY_TASK = (*CLASSIFICATION, "sinusoid")  # the other batching and kernels are one algorithm's, MAML's, to try
 
 
+class Temperature(nn.Module):
+    """A parameter without dimensions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(1.0))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.scale * x
+
+
 def network() -> nn.Module:
-    return nn.Sequential(
-        nn.Conv2d(1, 4, 3, stride=3), nn.BatchNorm2d(4), nn.Tanh(), nn.Dropout(0.2), nn.Flatten(), nn.Linear(64, 5)
-    )
+    first = [nn.Conv2d(1, 4, 3, stride=3), nn.BatchNorm2d(4), nn.Tanh(), Temperature()]
+    return nn.Sequential(*first, nn.Dropout(0.2), nn.Flatten(), nn.Linear(64, 5))
 
 
 @dataclass(frozen=True)
@@ -87,7 +98,7 @@ ENTRIES: dict[str, Entry] = {
             {"inner_optimizer": "adam", "inner_lr": 0.01, "adaptation_steps": 2, "inner_gradient_clip": 1.0},
             {"inner_momentum": 0.9, "inner_weight_decay": 0.01, "adaptation_steps": 2, "recompute_inner_steps": True},
         ),
-        problems=tuple(PROBLEMS),
+        problems=tuple(name for name in PROBLEMS if name != "resnet12"),  # which has a test of its own
     ),
     "anil": Entry(required={"inner_lr": 0.1}, variants=({}, {"adaptation_steps": 3, "recompute_inner_steps": True})),
     "boil": Entry(required={"inner_lr": 0.1}),

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import random
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -52,9 +55,9 @@ def assert_same_gradient(ours: Any, theirs: Any, **tolerance: float) -> None:
         assert_same(getattr(ours, field), getattr(theirs, field), **tolerance)
 
 
-def last(case: Case, batch: TaskBatch) -> Tensor:
-    steps = case.algorithm.eval_steps
-    path = case.algorithm.adaptation_path(case.state, batch.support_x, batch.support_y, steps=steps, inductive=True)
+def last(case: Case, batch: TaskBatch, state: MetaState | None = None) -> Tensor:
+    steps, state = case.algorithm.eval_steps, state or case.state
+    path = case.algorithm.adaptation_path(state, batch.support_x, batch.support_y, steps=steps, inductive=True)
     *_, adapted = path
     return case.algorithm.predict(adapted, batch.query_x, "inductive")
 
@@ -79,6 +82,7 @@ def test_shapes(case: Case) -> None:
 def test_determinism_without_global_random_numbers_or_changed_inputs(case: Case) -> None:
     random_state = torch.random.get_rng_state()
     torch.manual_seed(1)  # other global random numbers than those the case was made with
+    of_others = random.getstate(), np.random.mtrand._rand.get_state(legacy=False)["state"]["key"].tolist()
     try:
         state, batch = case.algorithm.init(3), sample(case.parts)
         before = [v.clone() for v in [*state.params.values(), *batch[:4]]]
@@ -86,6 +90,7 @@ def test_determinism_without_global_random_numbers_or_changed_inputs(case: Case)
         assert_same(state.params, case.state.params)
         assert_same_gradient(case.algorithm.meta_grad(state, batch, step=0), case.gradient)
         assert torch.equal(torch.random.get_rng_state(), seeded)
+        assert (random.getstate(), np.random.mtrand._rand.get_state(legacy=False)["state"]["key"].tolist()) == of_others
     finally:
         torch.random.set_rng_state(random_state)
     assert all(torch.equal(a, b) for a, b in zip(before, [*state.params.values(), *batch[:4]], strict=True))
@@ -155,6 +160,19 @@ def test_any_number_of_workers_gives_the_same_gradient(case: Case) -> None:
     assert_same_gradient(of_workers(1), mean)
     for world_size in (2, 4):
         assert_same_gradient(of_workers(world_size), mean, **ROUNDING)
+
+
+@pytest.mark.parametrize("name", [name for name in registered() if "images" in ENTRIES[name].problems])
+def test_resnet12_with_dropblock(name: str, tiny_data_set: Callable[..., Path], one_thread: None) -> None:
+    """The few-shot standard under every algorithm: its masks come from keys, and it can be evaluated."""
+    case = Case(name, ENTRIES[name].variants[0], "resnet12", tiny_data_set(size=16))
+    assert case.parts.model.stochastic
+    assert_same_gradient(case.algorithm.meta_grad(case.state, sample(case.parts), step=0), case.gradient)
+    assert all(bool(value.isfinite().all()) for value in case.gradient.grads.values())
+    assert all(bool((case.gradient.grads[f"block{number}.conv1.weight"] != 0).any()) for number in (1, 4))
+    answers = last(case, case.batch, observed(case))
+    assert bool(answers.isfinite().all())
+    assert torch.equal(last(case, case.batch, observed(case)), answers)  # nothing is dropped at test
 
 
 def test_tasks_do_not_see_each_other(case: Case) -> None:
@@ -231,6 +249,11 @@ def test_classes_may_differ_in_shots_and_be_fewer_than_outputs(plain_case: Case)
 def test_recomputed_inner_steps_give_the_same_gradient(case: Case) -> None:
     if not case.has("recompute_inner_steps"):
         pytest.skip("it has no inner steps to recompute")
+    if not case.experiment.algorithm.differentiates_steps:
+        for key in ("recompute_inner_steps", "first_order"):
+            with pytest.raises(ConfigError, match=f"{key}: true changes nothing here"):
+                case.with_keys(**{key: True})
+        return
     other = case.with_keys(recompute_inner_steps=not case.experiment.algorithm.recompute_inner_steps)
     assert_same_gradient(build(other).algorithm.meta_grad(case.state, case.batch, step=0), case.gradient, **ROUNDING)
 

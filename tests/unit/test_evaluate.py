@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 
+from pipeline import class_report, promotion, workflow
 from pipeline import experiment as experiments
-from pipeline.errors import ConfigError, DataError
+from pipeline.errors import ConfigError, DataError, TrainingStopped
 from pipeline.experiment import Experiment
+from pipeline.tasks.classes import ClassTasks
 from pipeline.training.ahead import results
 from pipeline.training.context import LocalContext
 from pipeline.training.evaluate import Estimate, Evaluation, episode_batches, evaluate
 from pipeline.training.loop import train
-from pipeline.types import Adapted, MetaState, TaskBatch
+from pipeline.types import Adapted, Algorithm, MetaState, TaskBatch
 from tests.faults import experiment, open_run
 
 
@@ -54,6 +58,57 @@ def test_fewer_steps_are_scored_as_among_all(tiny_data: Path, tmp_path: Path) ->
     assert some.loss("inductive") == whole.loss("inductive")
     assert some.loss("inductive", 1) == Estimate.of(whole.losses[:3, 0, 1])
     assert some.to_dict()["episodes_before_the_last_step"] == 3
+
+
+class Diverging:
+    """An algorithm whose answers to some episodes are NaN."""
+
+    def __init__(self, algorithm: Algorithm, some: slice) -> None:
+        self._algorithm, self._some = algorithm, some
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._algorithm, name)
+
+    def predict(self, adapted: Adapted, query_x: torch.Tensor, mode: Any) -> torch.Tensor:
+        answers = self._algorithm.predict(adapted, query_x, mode)
+        answers[self._some, :, 0] = torch.nan
+        return answers
+
+
+def test_answers_that_are_no_numbers_are_wrong(
+    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And no 1/n_way, which argmax makes of NaN; such a model is no champion, and what cannot be evaluated stops."""
+    exp = experiment(tmp_path, tiny_data, backend="local", steps=2, validate_every=1)
+    parts = experiments.build(exp, device=torch.device("cpu"))
+    fixed: dict[str, Any] = {"split": "meta_test", "seed": 1, "episodes": 6, "data_digest": "x", "chunk": None}
+    state = parts.algorithm.init(0)
+    some: Any = Diverging(parts.algorithm, slice(2, 4))
+    plain = evaluate(parts.algorithm, parts.family, state, keep_predictions=True, **fixed)
+    told = evaluate(some, parts.family, state, keep_predictions=True, **fixed)
+    assert bool((plain.scores[2:4] > 0).any())
+    assert not told.scores[2:4].any()
+    assert torch.equal(told.scores[4:], plain.scores[4:])
+    assert told.predictions is not None
+    assert bool((told.predictions.answers[2:4] == -1).all())
+    assert isinstance(parts.family, ClassTasks)
+    shares = class_report.report(told, parts.family, "inductive").of_class
+    assert shares.hits.sum() / shares.chances.sum() == pytest.approx(told.score("inductive").mean)
+    content = json.loads(json.dumps(told.to_dict(), allow_nan=False))
+    assert content["inductive"][-1]["loss"] is None
+    assert content["inductive"][-1]["mean"] == told.score("inductive").mean
+
+    card: Any = SimpleNamespace(data_digest="x")
+    candidate: Any = SimpleNamespace(state=state, algorithm=some, card=card)
+    chosen = promotion.decide(candidate, None, parts.family, episodes=6, chunk=None, device=torch.device("cpu"))
+    assert (chosen.promote, chosen.reason) == (False, "its answers are not finite in some episodes")
+
+    run = open_run(exp)
+    monkeypatch.setattr(experiments, "build", lambda *_, **__: parts._replace(algorithm=some))
+    train(LocalContext(), exp, run)
+    assert run.checkpoints.best() is None
+    with pytest.raises(TrainingStopped, match=r"in no validation were all losses finite.*Lower algorithm\.inner_lr"):
+        workflow.evaluate_run(exp, run, parts, None, "x")  # type: ignore[arg-type]
 
 
 def test_episodes_that_memory_does_not_hold_are_scored_in_smaller_chunks(tiny_data: Path, tmp_path: Path) -> None:

@@ -657,3 +657,37 @@ def test_a_network_of_torchvision_as_it_is() -> None:
     for how in ("loop", "vmap"):
         maml = learner(resnet, how, inner_lr=0.01, adaptation_steps=1)  # type: ignore[arg-type]
         assert batching.disagreement(maml.meta_grad(state, batch, step=0).grads, expected) <= 1e-10, how
+
+
+class Branched(nn.Module):
+    """As GoogLeNet has it: a branch that training alone goes through."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.side = nn.BatchNorm2d(1)
+        self.body = nn.Sequential(nn.Conv2d(1, 3, 3, stride=3), nn.BatchNorm2d(3), nn.Flatten(), nn.Linear(12, CLASSES))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.body(self.side(x) if self.training else x)
+
+
+class Square(nn.Module):
+    """As a vision transformer has it: an input of one size."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        torch._assert(x.shape[-1] == 224, "Wrong image width! Expected 224")
+        return x.flatten(1)[:, :CLASSES]
+
+
+@pytest.mark.parametrize("how", ["loop", "vmap"])
+def test_a_layer_that_no_pass_goes_through_has_no_statistics(how: Batching) -> None:
+    maml = learner(Branched, how, adaptation_steps=1, inductive_statistics="running")
+    gradient = maml.meta_grad(maml.init(0), make_batch("images", tasks=2), step=0)
+    assert {name.split(".")[0] for name in gradient.statistics} == {"body"}
+    assert all(bool(value.isfinite().all()) for value in gradient.grads.values())
+
+
+def test_an_assertion_of_the_network_is_told() -> None:
+    model = ModuleModel(Square, dtype=torch.float64, batching="loop", dropout=False)
+    with pytest.raises(ConfigError, match=r"cannot take inputs.*Wrong image width! Expected 224"):
+        model.check((1, 6, 6), CLASSES, name="Square")

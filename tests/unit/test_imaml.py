@@ -293,8 +293,9 @@ def test_lambda_at_test() -> None:
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"first_order": True}, "first_order: true has nothing to leave out"),
-        ({"inner_lr": 1.0, "regularization": 2.0}, r"at least 2, so inner steps diverge"),
+        ({"first_order": True}, "first_order: true changes nothing here"),
+        ({"inner_lr": 1.0, "regularization": 2.0}, r"times regularization .* is at least 2, so inner steps diverge"),
+        ({"eval_regularization": 100.0}, r"times eval_regularization .* is at least 2, so inner steps diverge"),
         ({"regularization": 0.0}, "greater than 0"),
     ],
 )

@@ -215,3 +215,5 @@ def test_refusals() -> None:
         maml(freeze=["*"])
     with pytest.raises(ValueError, match="is for inner_optimizer: sgd"):
         maml(inner_optimizer="adam", inner_momentum=0.5)
+    with pytest.raises(ValueError, match="are for inner_optimizer: adam"):
+        maml(inner_betas=(0.0, 0.9))

@@ -42,6 +42,7 @@ def models() -> list:
         pytest.param(Conv4Config(name="conv4", hidden=4).build(**shape), id="conv4-max_pool"),
         pytest.param(Conv4Config(name="conv4", hidden=4).build(kernel="pure", **shape), id="conv4-pure"),
         pytest.param(MLPConfig(name="mlp", hidden=[5, 4]).build(**shape), id="mlp"),
+        pytest.param(MLPConfig(name="mlp", hidden=[]).build(**shape), id="mlp-head alone"),
         pytest.param(MLPConfig(name="mlp", hidden=[5], normalization="batch").build(**shape), id="mlp-batch"),
     ]
 

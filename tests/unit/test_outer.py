@@ -98,6 +98,11 @@ def test_plateau_leaves_other_schedules_alone() -> None:
     assert rate_at(3, scale=0.5) == RATE
 
 
+def test_momentum_without_sgd_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"momentum \(0.9\) is for optimizer: sgd; adam has its own"):
+        OuterConfig(momentum=0.9)
+
+
 def random_params(seed: int) -> Params:
     generator = torch.Generator().manual_seed(seed)
     shapes = {"weight": (4, 3), "bias": (4,), "scalar": ()}

@@ -252,6 +252,7 @@ def test_what_does_not_fit_is_refused(tiny_data: Path) -> None:
     running = {"name": "protonet", "normalization": "inductive", "inductive_statistics": "running"}
     assert "needs normalization: transductive" in refusal(algorithm=running)
     assert "needs the features" in refusal(model={"name": "module", "factory": f"{__name__}:no_head"})
+    assert "learns what lies before the head" in refusal(model={"name": "mlp", "hidden": []})
     assert "algorithm.name: protonet classifies" in refusal(task={"family": "sinusoid"}, model={"name": "mlp"})
     with pytest.raises(ConfigError, match="classifies"):
         ProtoNetConfig(name="protonet").build(model=protonet().model, objective=Regression())

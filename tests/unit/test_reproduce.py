@@ -131,6 +131,8 @@ def test_cells_come_setting_by_setting_in_the_order_of_the_file(make: Callable[.
         plan.select(only=["boil"])
     with pytest.raises(ConfigError, match="--settings 9w9s"):
         plan.select(settings=["9w9s"])
+    with pytest.raises(ConfigError, match="the cpu budget has no such cell, only anil 2w1s"):
+        plan.select(only=["anil"], settings=["2w3s"])
 
 
 @pytest.mark.parametrize(
@@ -254,6 +256,16 @@ def test_a_data_set_that_is_not_there(make: Callable[..., Plan], tmp_path: Path)
     plan = make(data=str(tmp_path / "nowhere"))
     with pytest.raises(DataError, match=r"nowhere: no such data set\. Prepare it with `prepare it`.*--data"):
         reproduce.run(plan, plan.cells, watch=Watched())
+
+
+def test_tasks_that_the_data_set_is_too_small_for(make: Callable[..., Plan]) -> None:
+    """Of the last cell: before the first one is trained."""
+    many = {"set": {"task.k_shot": 3, "task.eval_n_query": 900}}
+    plan = make({"maml": {"config": "base.yaml", "cells": {"2w1s": {}, "2w3s": many}}})
+    watched = Watched()
+    with pytest.raises(DataError, match=r"too few for task\.k_shot=3 plus task\.eval_n_query=900"):
+        reproduce.run(plan, plan.cells, watch=watched)
+    assert watched.names == []
 
 
 def test_a_gpu_that_is_not_there(make: Callable[..., Plan], monkeypatch: pytest.MonkeyPatch) -> None:
