@@ -20,7 +20,9 @@ with the query gradient itself, as in first-order MAML. A solution is at most LO
 gradient, which takes effect only where the Hessian has eigenvalues below −3/4 λ. The metric `cg_residual` is
 ‖∇L_query − Ax‖ / ‖∇L_query‖.
 
-`eval_regularization` is λ at test, where nothing needs the condition; the authors' code adapts without (0).
+`eval_regularization` is λ at test, where nothing needs the condition. The authors' code has the proximal term in none
+of its inner steps, but for one step of it alone after those of training; so it adapts further than λ = 2 lets it here.
+It solves with 2I + ∇²L_support/(λ + 10): at λ = 2 that is `cg_damping: 11`, but for a factor that Adam does not see.
 
 Disadvantages: all of this is true at the solution, so too few inner steps, or a λ that is small beside the curvature,
 give a wrong gradient without a word; a large λ keeps a task from adapting. The Hessian is that of the support loss
