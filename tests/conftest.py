@@ -71,12 +71,19 @@ def tiny_data_set(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Pat
 
     `classes` names "group0/class00", … in groups of four; each class is its own random pattern under noise, with
     an empty margin, so that a few adaptation steps can tell classes apart. The class split "random" deals them to
-    the parts in turn.
+    the parts in turn, or as `part_of` says.
     """
 
-    def make(*, classes: int = 16, per_class: int = 8, size: int = 12, channels: int = 1) -> Path:
+    def make(
+        *,
+        classes: int = 16,
+        per_class: int = 8,
+        size: int = 12,
+        channels: int = 1,
+        part_of: Callable[[int], Split] = lambda i: SPLITS[i % len(SPLITS)],
+    ) -> Path:
         names = [f"group{i // 4}/class{i:02d}" for i in range(classes)]
-        parts: dict[str, Split] = {name: SPLITS[i % len(SPLITS)] for i, name in enumerate(names)}
+        parts: dict[str, Split] = {name: part_of(i) for i, name in enumerate(names)}
 
         def source() -> Iterator[shards.ClassExamples]:
             for i, name in enumerate(names):

@@ -5,7 +5,8 @@ shapes differ; and every worker sees the same global batch. A set's episodes are
 step s. Validation and test take the sets in turn, slot i being episode ⌊i / sets⌋ of set i mod sets: each has as many,
 whatever its weight, results tell the score of each, and the overall score is their mean.
 
-All sets have one kind of task and one input shape. Classes of different sets never meet in an episode.
+All sets have one kind of task and one input shape. Classes of different sets never meet in an episode, and a class
+that several sets hold is in the same part of each.
 """
 
 from __future__ import annotations
@@ -103,6 +104,7 @@ class MixtureTasks:
                     f"task.sets: a network takes one kind of input and task, and {self.sets[0]} has {theirs}, {name} "
                     f"has {ours}. Prepare the data sets alike (data prepare --size, --kind)."
                 )
+        self._check_parts()
         self.objective = first.objective
         self.inputs: Inputs = first.inputs
         self.input_shape = first.input_shape
@@ -120,6 +122,22 @@ class MixtureTasks:
         }
         total = sum(part.weight for part in config.sets)
         self._ends = [weight / total for weight in itertools.accumulate(part.weight for part in config.sets)]
+
+    def _check_parts(self) -> None:
+        """Raises ConfigError: a class that two sets hold, known by its examples, is in different parts of them."""
+        digests = [{split: _class_digests(family, split) for split in SPLITS} for family in self.families]
+        for one, other in itertools.permutations(range(len(self.sets)), 2):
+            for early, late in itertools.combinations(SPLITS, 2):
+                candidates = digests[other][late]
+                seen = sorted(candidates[digest] for digest in candidates.keys() & digests[one][early].keys())
+                if seen:
+                    names = ", ".join(seen[:3]) + (", …" if len(seen) > 3 else "")
+                    raise ConfigError(
+                        f"task.sets: {len(seen)} of the {len(candidates)} {late} classes of {self.sets[other]} are in "
+                        f"{early} of {self.sets[one]} ({names}), so the scores there would mean nothing. Give sets of "
+                        "the same data one class split: the same task.split, and data prepared with the same --seed "
+                        "or --class-lists."
+                    )
 
     def drawn(self, seed: int, step: int) -> int:
         """Which set outer step `step` of meta-training is of."""
@@ -177,9 +195,14 @@ class MixtureTasks:
         """sha256 of a class's examples -> its set and name, for the classes of one part."""
         found: dict[str, str] = {}
         for name, family in zip(self.sets, self.families, strict=True):
-            for digest, of_class in getattr(family, "class_digests", lambda _: {})(split).items():
+            for digest, of_class in _class_digests(family, split).items():
                 found[digest] = f"{name}: {of_class}"
         return found
+
+
+def _class_digests(family: TaskFamily, split: Split) -> dict[str, str]:
+    """As `ClassTasks.class_digests`; none where tasks have no classes."""
+    return family.class_digests(split) if isinstance(family, ClassTasks) else {}
 
 
 def _kind(family: TaskFamily) -> str:

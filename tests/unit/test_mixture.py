@@ -24,6 +24,7 @@ from pipeline.tracking import param_name
 from pipeline.training.context import LocalContext
 from pipeline.training.evaluate import Estimate, evaluate, summarize
 from pipeline.training.loop import train
+from pipeline.types import SPLITS
 from tests import faults
 
 CPU = torch.device("cpu")
@@ -140,6 +141,20 @@ def test_sets_that_do_not_go_together_are_refused(
         validate(MixtureConfig, {"family": "mixture", "sets": [part, part]}, source="test")
     with pytest.raises(ConfigError, match=r"training\.compile"):
         experiments.check_fits(experiment(tmp_path, images(tiny_data), images(tiny_data, k_shot=2), compile=True))
+
+
+def test_classes_that_one_set_trains_on_and_another_is_tested_on_are_refused(
+    tiny_data: Path, tiny_data_set: Callable[..., Path], tmp_path: Path
+) -> None:
+    """Before any worker starts. The classes are found by their examples, wherever the set lies."""
+    dealt_otherwise = tiny_data_set(part_of=lambda i: SPLITS[(i + 2) % 3])
+    exp = experiment(tmp_path, images(tiny_data), images(dealt_otherwise))
+    with pytest.raises(ConfigError, match=r"6 of the 6 meta_test classes of set1 are in meta_train of set0 \(group"):
+        experiments.check_fits(exp)
+    only_selected_by = tiny_data_set(part_of=lambda i: SPLITS[-i % 3])
+    with pytest.raises(ConfigError, match="meta_test classes of set1 are in meta_val of set0"):
+        mixture(images(tiny_data), images(only_selected_by))
+    assert mixture(images(tiny_data), images(tiny_data, k_shot=2)).train_classes == 12
 
 
 def test_keys_of_a_set_are_set_and_found(tiny_data: Path, tmp_path: Path) -> None:
