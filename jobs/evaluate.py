@@ -79,6 +79,8 @@ def evaluate(
         baselines=baselines,
         report=report,
     )
+    for note in dict.fromkeys(note for result in found for note in result.notes):
+        console.say(note)
     if several:
         content = {"model": model, "data_sets": [_result(model, result) for result in found]}
         console.emit(content, as_json=json, show=lambda: _show_all(model, found))
@@ -94,6 +96,7 @@ def _result(model: str, result: ModelEvaluation) -> dict[str, Any]:
         "model": model,
         "data": result.data,
         "trained_on_this_data": result.trained_on_this_data,
+        "notes": result.notes,
         **result.evaluation.to_dict(),
         "baselines": [
             {

@@ -388,6 +388,7 @@ class ModelEvaluation(NamedTuple):
     mode: Normalization
     trained_on_this_data: bool
     data: str | None  # the data set's folder; None where there is no one
+    notes: list[str]  # what the user should know of the data
 
 
 def evaluate_model(
@@ -536,7 +537,18 @@ def _evaluated(
         sign = 1 if family.objective.higher_is_better else -1
         comparisons = [Comparison(n, Estimate.of(s), paired(sign * ours, sign * s)) for n, s in others.items()]
     its_data = digest == learner.card.data_digest
-    return ModelEvaluation(learner, evaluation, comparisons, promotion.MODE, its_data, getattr(task, "data", None))
+    folder = getattr(task, "data", None)
+    return ModelEvaluation(learner, evaluation, comparisons, promotion.MODE, its_data, folder, _notes(family))
+
+
+def _notes(family: TaskFamily) -> list[str]:
+    if not isinstance(family, TabularTasks):
+        return []
+    return [
+        f"{family.config.data}: column {column!r}: {len(names)} of its categories were not in training and count as "
+        f"missing ({', '.join(names[:5])}{', …' if len(names) > 5 else ''})"
+        for column, names in family.unknown_categories.items()
+    ]
 
 
 def _check_unseen(learner: Learner, family: ClassTasks, part: Split) -> None:

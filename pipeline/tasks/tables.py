@@ -13,6 +13,7 @@ Shapes: N rows · D columns · M numeric ones · F inputs of the network; any le
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from typing import Literal, NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from pipeline.config import Section
+from pipeline.errors import DataError
 from pipeline.tasks.shards.manifest import Column
 
 MOST_DEVIATIONS = 5.0  # that a normalized number is from 0: a column that hardly varied must not drown the others
@@ -97,3 +99,74 @@ class TableEncoding(Section):
 
     def _may_miss(self) -> list[int]:
         return [i for i in self.numeric if self.columns[i].missing]
+
+
+class MatchedColumns:
+    """Rows of a table as those of another: its columns by their names, its categories by theirs.
+
+    What the other table has not is left out: columns, and categories, which count as missing.
+    """
+
+    def __init__(
+        self, columns: Sequence[Column], wanted: Sequence[Column], *, source: str, device: torch.device
+    ) -> None:
+        """Of rows with `columns`, of the data set `source` on a device, to rows with `wanted`.
+
+        Raises DataError: a wanted column is not there, or is of another kind.
+        """
+        places = {column.name: place for place, column in enumerate(columns)}
+        absent = [column.name for column in wanted if column.name not in places]
+        if absent:
+            raise DataError(
+                f"{source}: has no {_listed('column', absent)}, which the model was trained with; it has: "
+                f"{_some(places)}. Prepare the data set with the model's columns, under their names."
+            )
+        own = [columns[places[column.name]] for column in wanted]
+        for ours, theirs in zip(own, wanted, strict=True):
+            if ours.kind != theirs.kind:
+                raise DataError(
+                    f"{source}: column {ours.name!r} is {_kind(ours)} here, and {_kind(theirs)} where the model was "
+                    f"trained. Prepare the data set with --{theirs.kind} {ours.name}."
+                )
+        self.unknown = {
+            ours.name: unknown
+            for ours, theirs in zip(own, wanted, strict=True)
+            if (unknown := [name for name in ours.categories if name not in theirs.categories])
+        }
+        """Column -> its categories that the wanted ones have not."""
+        order = [places[column.name] for column in wanted]
+        self._order = None if order == list(range(len(columns))) else torch.tensor(order, device=device)
+        self._codes = {  # [own categories + 1], the last one for a missing value
+            number: torch.tensor([*(_code(name, theirs) for name in ours.categories), torch.nan], device=device)
+            for number, (ours, theirs) in enumerate(zip(own, wanted, strict=True))
+            if ours.categories != theirs.categories
+        }
+
+    def __call__(self, rows: Tensor) -> Tensor:
+        """[..., N, columns] -> [..., N, wanted columns]."""
+        if self._order is not None:
+            rows = rows.index_select(-1, self._order)
+        elif self._codes:
+            rows = rows.clone()
+        for number, codes in self._codes.items():
+            values = rows[..., number]
+            missing = len(codes) - 1
+            known = torch.where((values >= 0) & (values < missing), values, missing)  # NaN is neither
+            rows[..., number] = codes[known.long()].to(rows.dtype)
+        return rows
+
+
+def _code(category: str, column: Column) -> float:
+    return float(column.categories.index(category)) if category in column.categories else torch.nan
+
+
+def _kind(column: Column) -> str:
+    return f"{column.kind} ({_some(column.categories)})" if column.categories else column.kind
+
+
+def _listed(what: str, names: Sequence[str]) -> str:
+    return f"{what}{'s' if len(names) > 1 else ''} {_some([repr(name) for name in names])}"
+
+
+def _some(names: Collection[str]) -> str:
+    return ", ".join(list(names)[:10]) + (", …" if len(names) > 10 else "")

@@ -5,7 +5,6 @@ Shapes: T tasks · S support · Q query examples · D columns · F inputs of the
 
 from __future__ import annotations
 
-import itertools
 from typing import Any, Literal
 
 import numpy as np
@@ -13,12 +12,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from pipeline.errors import DataError
 from pipeline.tasks import shards
 from pipeline.tasks.classes import ClassTasks, ClassTasksConfig
 from pipeline.tasks.sampler import EpisodeIndices
 from pipeline.tasks.shapes import UnequalEpisodes
-from pipeline.tasks.tables import Normalize, TableEncoding
+from pipeline.tasks.tables import MatchedColumns, Normalize, TableEncoding
 from pipeline.types import Inputs, Split
 
 ROWS_PER_CLASS = 256  # first ones of each class of meta-training, which its statistics are of
@@ -49,8 +47,7 @@ class TabularTasks(ClassTasks):
     def __init__(self, config: TabularTasksConfig, *, device: torch.device, dtype: torch.dtype) -> None:
         super().__init__(config, device=device, dtype=dtype)
         self._rows = self._row_store(np.asarray, self.manifest.shape, "float32")
-        self.encoding = self._encoding()
-        self.input_shape = (self.encoding.width,)
+        self.use(self._encoding())
 
     def _example_bytes(self) -> int:
         return 4 * len(self.manifest.columns)
@@ -86,20 +83,22 @@ class TabularTasks(ClassTasks):
         )
 
     def use(self, encoding: TableEncoding) -> None:
-        """Make inputs as a model was trained on, from another data set perhaps. Raises DataError: other columns."""
-        for ours, theirs in itertools.zip_longest(self.manifest.columns, encoding.columns):
-            if ours is None or theirs is None or ours.model_copy(update={"missing": theirs.missing}) != theirs:
-                what = "no column" if ours is None else f"column {ours.name!r} ({ours.kind})"
-                wanted = "none" if theirs is None else f"{theirs.name!r} ({theirs.kind})"
-                raise DataError(
-                    f"{self.config.data}: has {what} where the model was trained on {wanted}, or other categories in "
-                    "it. Prepare the data set with the same columns."
-                )
+        """Make inputs as a model was trained on: its columns, found by their names, and its categories by theirs.
+
+        Raises DataError: a column is missing or of another kind.
+        """
+        columns = self.manifest.columns
+        self._matched = MatchedColumns(columns, encoding.columns, source=self.config.data, device=self.device)
         self.encoding = encoding
         self.input_shape = (encoding.width,)
 
+    @property
+    def unknown_categories(self) -> dict[str, list[str]]:
+        """Column -> those of its categories that the encoding does not know, which count as missing."""
+        return self._matched.unknown
+
     def _inputs(self, split: Split, indices: EpisodeIndices | UnequalEpisodes) -> tuple[Tensor, Tensor]:
-        support, query = self._raw(split, indices)
+        support, query = map(self._matched, self._raw(split, indices))
         scale = self.encoding.scale(support)
         return self.encoding(support, scale), self.encoding(query, scale)
 

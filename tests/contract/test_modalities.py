@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,11 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline import serving
+from pipeline import serving, workflow
 from pipeline.errors import ConfigError, DataError
 from pipeline.learner import AdaptedLearner, Learner, write_model
+from pipeline.tasks import shards
+from pipeline.tasks.shards.manifest import Column
 from pipeline.tasks.tabular import TabularTasks
 from pipeline.training import outer
 from pipeline.types import MetaState
@@ -150,7 +153,7 @@ def test_data_of_another_family_is_refused(tiny_sets: dict[str, Path]) -> None:
 
 
 def test_a_table_is_evaluated_as_its_model_was_trained(tiny_sets: dict[str, Path], table_learner: Learner) -> None:
-    """By the statistics of the model's own card; other columns are refused."""
+    """By the statistics of the model's own card; a table without its columns is refused."""
     case = Case("protonet", {}, "tabular", tiny_sets)
     family = case.parts.family
     assert isinstance(family, TabularTasks)
@@ -160,6 +163,50 @@ def test_a_table_is_evaluated_as_its_model_was_trained(tiny_sets: dict[str, Path
     own = family.sample("meta_train", 0, torch.arange(1), seed=1).support_x
     torch.testing.assert_close(own[..., 0], ((support[..., 0] - 1) / 2).clamp(-5, 5))
     assert not torch.equal(own, batch.support_x)
-    other = encoding.columns[2].model_copy(update={"categories": ["red", "green", "blue"]})
-    with pytest.raises(DataError, match=r"column 'colour' .* other categories"):
-        family.use(encoding.model_copy(update={"columns": [*encoding.columns[:2], other]}))
+    for columns, words in (
+        ([*encoding.columns, Column(name="depth")], "has no column 'depth'"),
+        (
+            [encoding.columns[0], Column(name="colour"), encoding.columns[1]],
+            r"'colour' is categorical \(blue, green, red\) here, and numeric where .* --numeric colour",
+        ),
+    ):
+        with pytest.raises(DataError, match=words):
+            family.use(encoding.model_copy(update={"columns": columns}))
+
+
+def test_another_table_is_matched_by_the_names_of_columns_and_categories(
+    tiny_sets: dict[str, Path], table_learner: Learner, tmp_path: Path
+) -> None:
+    """The same rows with columns and categories in another order, and more of both, give the same answers."""
+    manifest = shards.read_manifest(tiny_sets["tabular"])
+    columns = [
+        Column(name="note", kind="categorical", categories=["a", "b"]),
+        Column(name="colour", kind="categorical", categories=["green", "red", "violet", "blue"]),
+        *manifest.columns[1::-1],
+    ]
+    with shards.ShardReader(tiny_sets["tabular"], manifest) as reader:
+
+        def otherwise(number: int) -> Iterator[shards.ClassExamples]:
+            for class_id, entry in enumerate(manifest.classes):
+                rows = np.asarray(reader.read_class(class_id))
+                colours = np.array([3, 0, 1], np.float32)[rows[:, 2].astype(int)]
+                colours[:number] = 2  # violet
+                note = np.zeros_like(colours)
+                shown = np.column_stack([note, colours, rows[:, 1], rows[:, 0]])
+                yield shards.ClassExamples(entry.name, entry.group, shown)
+
+        parts = {entry.name: entry.splits["random"] for entry in manifest.classes}
+        how: dict[str, Any] = {"splits": {"random": parts}, "source": {}, "preprocessing": {}, "modality": "vector"}
+        for name, violet in (("same", 0), ("other", 4)):
+            shards.write(tmp_path / name, otherwise(violet), columns=columns, **how)
+    shape: dict[str, Any] = {"part": "meta_test", "n_way": 4, "n_query": 3, "episodes": 8}
+    own = workflow.evaluate_model(table_learner, data=str(tiny_sets["tabular"]), **shape)
+    same, other = (
+        workflow.evaluate_model(table_learner, data=str(tmp_path / name), **shape) for name in ("same", "other")
+    )
+    assert torch.equal(same.evaluation.losses, own.evaluation.losses)
+    assert not torch.equal(other.evaluation.losses, own.evaluation.losses)
+    assert own.notes == []
+    assert same.notes == [
+        f"{tmp_path / 'same'}: column 'colour': 1 of its categories were not in training and count as missing (violet)"
+    ]

@@ -1,12 +1,17 @@
 """Rows as inputs: normalized by their support set, missing values, categories."""
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from pipeline.datasets.source import Column
-from pipeline.tasks.tables import TableEncoding
+from pipeline.shown import table_rows
+from pipeline.tasks.tables import MatchedColumns, TableEncoding
 
 NAN = float("nan")
 COLUMNS = [
@@ -71,3 +76,43 @@ def test_by_training_or_not_at_all() -> None:
     assert training[:, 1].tolist() == [-5, 0, pytest.approx(-14 / 3)]  # six deviations are cut to five
     assert none[:, 0].tolist() == [1, 3, 5]
     assert none[:, 1].tolist() == [2, 0, 6]
+
+
+CATEGORIES = st.lists(st.sampled_from("uvwxyz"), min_size=1, max_size=6, unique=True)
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data())
+def test_another_tables_rows_are_as_if_they_were_shown_by_name(data: st.DataObject) -> None:
+    """Columns in any order, categories in any order, some of them unknown, columns that the model has not."""
+    kinds = data.draw(st.lists(st.sampled_from(["numeric", "categorical"]), min_size=1, max_size=4))
+
+    def column(number: int) -> Column:
+        kind: Any = kinds[number]
+        categories = data.draw(CATEGORIES) if kind == "categorical" else []
+        return Column(name=f"c{number}", kind=kind, categories=categories, missing=True)
+
+    theirs = [column(number) for number in data.draw(st.permutations(range(len(kinds))))]
+    wanted = [column(number) for number in range(len(kinds)) if number == 0 or data.draw(st.booleans())]
+    rows = [
+        [data.draw(st.one_of(st.none(), st.integers(0, len(c.categories or "123") - 1).map(float))) for c in theirs]
+        for _ in range(3)
+    ]
+    named = [
+        {
+            c.name: c.categories[int(v)] if c.categories and v is not None else v
+            for c, v in zip(theirs, row, strict=True)
+        }
+        for row in rows
+    ]
+    numeric = [0.0] * sum(c.kind == "numeric" for c in wanted)
+    made = TableEncoding(columns=wanted, normalize="none", prior_examples=0, mean=numeric, variance=numeric)
+    stored = torch.tensor([[np.nan if v is None else v for v in row] for row in rows], dtype=torch.float64)
+    before = stored.clone()
+    matched = MatchedColumns(theirs, wanted, source="data", device=torch.device("cpu"))
+    found, expected = matched(stored), table_rows(named, made, torch.float64, "rows")
+    torch.testing.assert_close(found, expected, equal_nan=True, rtol=0, atol=0)
+    torch.testing.assert_close(stored, before, equal_nan=True)
+    for c in wanted:
+        of_theirs = next(other for other in theirs if other.name == c.name)
+        assert set(matched.unknown.get(c.name, [])) == set(of_theirs.categories) - set(c.categories)
