@@ -49,6 +49,7 @@ def adapt(
 
     from pipeline import serving
     from pipeline.datasets.preprocessing import pictures_below
+    from pipeline.errors import DataError
     from pipeline.shown_files import read_queries, read_support
     from pipeline.tasks.tables import TableEncoding
     from pipeline.tasks.tokens import Tokens
@@ -58,6 +59,12 @@ def adapt(
         files = pictures_below(query)  # before a model is fetched
     learner = serving.load(model)
     preprocessing = learner.card.preprocessing
+    if preprocessing is None:
+        raise DataError(
+            f"{model}: takes arrays {learner.card.input_shape} as they are, since its data sets say nothing of "
+            "pictures, texts or rows, or differ in how they were made of them. Adapt it in Python: "
+            "pipeline.serving.load(MODEL).adapt(support_x, support_y)."
+        )
     if isinstance(preprocessing, Tokens | TableEncoding):
         column = text if isinstance(preprocessing, Tokens) else None
         examples = read_queries(query, text=column)

@@ -476,7 +476,7 @@ def _prepared(learner: Learner, exp: Experiment, task: Any, part: Split, *, repo
 def _built(learner: Learner, task: Any) -> TaskFamily:
     """The family of a section, whose tables are encoded as the learner knows them. Raises DataError."""
     family: TaskFamily = task.build(device=launch.default_device(), dtype=learner.dtype)
-    if isinstance(family, TabularTasks) and isinstance(learner.card.preprocessing, TableEncoding):
+    if isinstance(family, TabularTasks | MixtureTasks) and isinstance(learner.card.preprocessing, TableEncoding):
         family.use(learner.card.preprocessing)
     return family
 

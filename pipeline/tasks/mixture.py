@@ -5,8 +5,9 @@ shapes differ; and every worker sees the same global batch. A set's episodes are
 step s. Validation and test take the sets in turn, slot i being episode ⌊i / sets⌋ of set i mod sets: each has as many,
 whatever its weight, results tell the score of each, and the overall score is their mean.
 
-All sets have one kind of task and one input shape. Classes of different sets never meet in an episode, and a class
-that several sets hold is in the same part of each.
+All sets have one kind of task and one input shape. Tables have the same columns and are encoded as one, with the
+categories of all. Classes of different sets never meet in an episode, and a class that several sets hold is in the same
+part of each.
 """
 
 from __future__ import annotations
@@ -28,8 +29,9 @@ from pipeline.tasks.classes import ClassTasks
 from pipeline.tasks.images import ImagesConfig
 from pipeline.tasks.regression import RegressionConfig
 from pipeline.tasks.sinusoid import SinusoidConfig
-from pipeline.tasks.tabular import TabularTasksConfig
-from pipeline.tasks.text import TextTasksConfig
+from pipeline.tasks.tables import TableEncoding
+from pipeline.tasks.tabular import TabularTasks, TabularTasksConfig, joint_encoding
+from pipeline.tasks.text import TextTasks, TextTasksConfig
 from pipeline.types import SPLITS, Inputs, Split, TaskBatch, TaskFamily
 
 _SETS = 0x73657473  # no small number: those are slots
@@ -97,12 +99,17 @@ class MixtureTasks:
         self.families: list[TaskFamily] = [part.task.build(device=device, dtype=dtype) for part in config.sets]
         self.sets = tuple(part.name for part in config.sets)
         first = self.families[0]
+        tables: list[TabularTasks] = [family for family in self.families if isinstance(family, TabularTasks)]
+        if len(tables) == len(self.sets):
+            named = dict(zip(self.sets, tables, strict=True))
+            self.use(joint_encoding(named, [part.weight for part in config.sets]))
         for name, family in zip(self.sets, self.families, strict=True):
             ours, theirs = _kind(family), _kind(first)
             if ours != theirs:
                 raise ConfigError(
                     f"task.sets: a network takes one kind of input and task, and {self.sets[0]} has {theirs}, {name} "
-                    f"has {ours}. Prepare the data sets alike (data prepare --size, --kind)."
+                    f"has {ours}. Prepare the data sets alike (data prepare --size, --kind), and give texts the same "
+                    "task.tokens."
                 )
         self._check_parts()
         self.objective = first.objective
@@ -185,6 +192,13 @@ class MixtureTasks:
         sizes = [batch.support_x.numel() + batch.query_x.numel() for batch in each]
         return self.families[sizes.index(max(sizes))].largest(tasks, seed=seed)
 
+    def use(self, encoding: TableEncoding) -> None:
+        """Make inputs of tables as a model was trained on. Raises DataError as `TabularTasks.use` does."""
+        for family in self.families:
+            if isinstance(family, TabularTasks):
+                family.use(encoding)
+        self.input_shape = self.families[0].input_shape
+
     @property
     def preprocessing(self) -> dict[str, Any] | None:
         """What makes a user's example one of these sets'; None where they differ in it, or have none."""
@@ -206,5 +220,7 @@ def _class_digests(family: TaskFamily, split: Split) -> dict[str, str]:
 
 
 def _kind(family: TaskFamily) -> str:
-    outputs = f", {family.num_outputs} outputs" if family.objective.name == "regression" else ""
-    return f"{family.objective.name} of {family.inputs} {list(family.input_shape)}{outputs}"
+    kind = f"{family.objective.name} of {family.inputs} {list(family.input_shape)}"
+    if isinstance(family, TextTasks):  # a token's number means a word
+        return f"{kind} cut by {family.config.tokens.model_dump_json(exclude={'kind'})}"
+    return f"{kind}, {family.num_outputs} outputs" if family.objective.name == "regression" else kind

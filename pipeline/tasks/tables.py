@@ -128,19 +128,19 @@ class MatchedColumns:
                     f"{source}: column {ours.name!r} is {_kind(ours)} here, and {_kind(theirs)} where the model was "
                     f"trained. Prepare the data set with --{theirs.kind} {ours.name}."
                 )
-        self.unknown = {
-            ours.name: unknown
-            for ours, theirs in zip(own, wanted, strict=True)
-            if (unknown := [name for name in ours.categories if name not in theirs.categories])
-        }
+        self.unknown: dict[str, list[str]] = {}
         """Column -> its categories that the wanted ones have not."""
         order = [places[column.name] for column in wanted]
         self._order = None if order == list(range(len(columns))) else torch.tensor(order, device=device)
-        self._codes = {  # [own categories + 1], the last one for a missing value
-            number: torch.tensor([*(_code(name, theirs) for name in ours.categories), torch.nan], device=device)
-            for number, (ours, theirs) in enumerate(zip(own, wanted, strict=True))
-            if ours.categories != theirs.categories
-        }
+        self._codes: dict[int, Tensor] = {}  # number of a column -> [own categories + 1], the last for a missing value
+        for number, (ours, theirs) in enumerate(zip(own, wanted, strict=True)):
+            if ours.categories == theirs.categories:
+                continue
+            known = {name: float(code) for code, name in enumerate(theirs.categories)}
+            codes = [*(known.get(name, torch.nan) for name in ours.categories), torch.nan]
+            self._codes[number] = torch.tensor(codes, device=device)
+            if unknown := [name for name in ours.categories if name not in known]:
+                self.unknown[ours.name] = unknown
 
     def __call__(self, rows: Tensor) -> Tensor:
         """[..., N, columns] -> [..., N, wanted columns]."""
@@ -154,10 +154,6 @@ class MatchedColumns:
             known = torch.where((values >= 0) & (values < missing), values, missing)  # NaN is neither
             rows[..., number] = codes[known.long()].to(rows.dtype)
         return rows
-
-
-def _code(category: str, column: Column) -> float:
-    return float(column.categories.index(category)) if category in column.categories else torch.nan
 
 
 def _kind(column: Column) -> str:

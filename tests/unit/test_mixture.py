@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from mlflow.utils.validation import _validate_param_name
@@ -15,11 +16,16 @@ from mlflow.utils.validation import _validate_param_name
 from pipeline import class_report, config, placement, workflow
 from pipeline import experiment as experiments
 from pipeline.config import validate
+from pipeline.datasets.source import Column
 from pipeline.errors import ConfigError
 from pipeline.experiment import Experiment
 from pipeline.learner import card_of
+from pipeline.shown import shown
+from pipeline.tasks import shards
 from pipeline.tasks.images import ImageTasks
 from pipeline.tasks.mixture import MixtureConfig, MixtureTasks
+from pipeline.tasks.tables import TableEncoding
+from pipeline.tasks.tabular import Moments, TabularTasks, joint_encoding
 from pipeline.tracking import param_name
 from pipeline.training.context import LocalContext
 from pipeline.training.evaluate import Estimate, evaluate, summarize
@@ -155,6 +161,110 @@ def test_classes_that_one_set_trains_on_and_another_is_tested_on_are_refused(
     with pytest.raises(ConfigError, match="meta_test classes of set1 are in meta_val of set0"):
         mixture(images(tiny_data), images(only_selected_by))
     assert mixture(images(tiny_data), images(tiny_data, k_shot=2)).train_classes == 12
+
+
+LENGTH, WIDTH = Column(name="length"), Column(name="width", missing=True)
+COLOUR = Column(name="colour", kind="categorical", categories=["blue", "red"])
+OTHER_COLOUR = Column(name="colour", kind="categorical", categories=["violet", "red"])
+
+
+def table(folder: Path, columns: list[Column], **options: Any) -> dict[str, Any]:
+    """The section of a set of twelve classes; its rows are those of its columns, whatever their order."""
+    names = [f"c{number:02d}" for number in range(12)]
+    random = np.random.default_rng(len(folder.name))
+    scale = 10.0 ** len(folder.name)
+
+    def rows(_: str) -> np.ndarray:
+        values = {
+            "length": random.normal(scale, scale, 6),
+            "width": np.where(random.random(6) < 0.3, np.nan, random.normal(size=6)),
+            "colour": random.integers(0, 2, 6),
+        }
+        return np.column_stack([values.get(column.name, np.zeros(6)) for column in columns]).astype(np.float32)
+
+    classes = [shards.ClassExamples(name, "all", rows(name)) for name in names]
+    parts = {name: SPLITS[i % 3] for i, name in enumerate(names)}
+    how: dict[str, Any] = {"splits": {"random": parts}, "source": {}, "preprocessing": {}, "modality": "vector"}
+    shards.write(folder, classes, columns=columns, **how)
+    shape = {"n_way": 2, "k_shot": 2, "n_query": 1, "eval_n_query": 1}
+    return {"family": "tabular", "data": str(folder), **shape, **options}
+
+
+@pytest.mark.parametrize("normalize", ["support", "training", "none"])
+def test_tables_are_mixed_by_the_names_of_columns_and_categories(normalize: str, tmp_path: Path) -> None:
+    """One encoding, with the categories of all sets and the statistics of rows drawn by the sets' weights."""
+    sections = [
+        table(tmp_path / "a", [LENGTH, WIDTH, COLOUR], normalize=normalize),
+        table(tmp_path / "bb", [OTHER_COLOUR, WIDTH, LENGTH], normalize=normalize),
+    ]
+    tasks = mixture(*sections)
+    assert tasks.input_shape == (6,)
+    encoding = TableEncoding.model_validate(tasks.preprocessing)
+    assert encoding.columns == [LENGTH, WIDTH, COLOUR.model_copy(update={"categories": ["blue", "red", "violet"]})]
+    rows, weights = [], []
+    for family, weight in zip(tasks.families, (1.0, 3.0), strict=True):
+        assert isinstance(family, TabularTasks)
+        names = [column.name for column in family.manifest.columns]
+        with shards.ShardReader(family.config.data, family.manifest) as reader:
+            found = np.concatenate([reader.read_class(c) for c in family.manifest.members("random", "meta_train")])
+        rows.append(found[:, [names.index("length"), names.index("width")]].astype(np.float64))
+        weights.append(weight / (~np.isnan(rows[-1])).sum(axis=0) * np.ones_like(rows[-1]))
+        support, _ = family.rows("meta_train", 0, torch.arange(3), seed=5)
+        named = [
+            [
+                {
+                    column.name: column.categories[int(value)] if column.categories else value
+                    for column, value in zip(family.manifest.columns, row, strict=True)
+                }
+                for row in task
+            ]
+            for task in support.tolist()
+        ]
+        inputs = family.sample("meta_train", 0, torch.arange(3), seed=5).support_x
+        for task, ours in zip(named, inputs, strict=True):
+            torch.testing.assert_close(shown(task, encoding, [6], torch.float64).support, ours)
+    values, shares = np.concatenate(rows), np.concatenate(weights)
+    for number in range(2):
+        there = ~np.isnan(values[:, number])
+        mean = np.average(values[there, number], weights=shares[there, number])
+        variance = np.average((values[there, number] - mean) ** 2, weights=shares[there, number])
+        assert encoding.mean[number] == pytest.approx(mean)
+        assert encoding.variance[number] == pytest.approx(variance)
+
+
+def test_a_column_that_one_set_never_fills_is_as_in_the_others(tmp_path: Path) -> None:
+    full, empty = mixture(*(table(tmp_path / name, [LENGTH, WIDTH]) for name in ("a", "bb"))).families
+    assert isinstance(full, TabularTasks)
+    assert isinstance(empty, TabularTasks)
+    empty.moments["width"] = Moments(0, 0.0, 0.0)
+    for weights in ([1.0, 5.0], [1.0, 0.1]):
+        encoding = joint_encoding({"full": full, "empty": empty}, weights)
+        assert (encoding.mean[1], encoding.variance[1]) == pytest.approx(full.moments["width"][1:])
+
+
+@pytest.mark.parametrize(
+    ("columns", "options", "words"),
+    [
+        ([LENGTH, COLOUR], {}, "of set0 and set1 only set0 has the columns 'width'"),
+        ([LENGTH, WIDTH, COLOUR, Column(name="depth")], {}, "only set1 has the columns 'depth'"),
+        ([LENGTH, WIDTH, Column(name="colour")], {}, "column 'colour' is categorical in set0 and numeric in set1"),
+        ([LENGTH, WIDTH, COLOUR], {"normalize": "none"}, "normalize is support in set0 and none in set1"),
+        ([LENGTH, WIDTH, COLOUR], {"prior_examples": 3}, "prior_examples is 1.0 in set0 and 3.0 in set1"),
+    ],
+)
+def test_tables_that_cannot_be_mixed_are_refused(
+    columns: list[Column], options: dict[str, Any], words: str, tmp_path: Path
+) -> None:
+    first = table(tmp_path / "a", [LENGTH, WIDTH, COLOUR])
+    with pytest.raises(ConfigError, match=words):
+        mixture(first, table(tmp_path / "bb", columns, **options))
+
+
+def test_texts_that_are_cut_differently_are_refused(tiny_sets: dict[str, Path]) -> None:
+    """One number would mean two words."""
+    one: dict[str, Any] = {"family": "text", "data": str(tiny_sets["text"]), "eval_n_query": 2, "n_query": 2}
+    with pytest.raises(ConfigError, match=r'"words":\[1,1\].*task\.tokens'):
+        mixture(one, {**one, "tokens": {"words": [1, 1]}})
 
 
 def test_keys_of_a_set_are_set_and_found(tiny_data: Path, tmp_path: Path) -> None:

@@ -77,6 +77,15 @@ def test_metapipe_adapt_reads_csv_files(case: Case, tmp_path: Path) -> None:
         assert [p["row"] for p in found["predictions"]] == list(range(1, len(query) + 1))
 
 
+def test_a_model_of_arrays_is_not_taken_for_one_of_pictures(case: Case, tmp_path: Path) -> None:
+    write_model(tmp_path / "model", card(case).model_copy(update={"preprocessing": None}), case.state)
+    (tmp_path / "shown.csv").write_text("label,text\na,b\nb,c\n")
+    arguments = [tmp_path / "model", "--support", tmp_path / "shown.csv", "--query", tmp_path / "shown.csv"]
+    answer = CliRunner().invoke(console.single_command(adapt.adapt), list(map(str, arguments)))
+    assert isinstance(answer.exception, DataError)
+    assert "takes arrays [" in str(answer.exception)
+
+
 @pytest.mark.parametrize("classes", [8, 30])
 def test_the_table_of_many_classes_shows_the_best(classes: int) -> None:
     probabilities = np.full((1, classes), 0.001)
