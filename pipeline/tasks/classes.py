@@ -38,7 +38,7 @@ from pipeline.tasks.shapes import (
 )
 from pipeline.tasks.upcoming import Upcoming
 from pipeline.tasks.windows import WindowConfig, Windows
-from pipeline.types import SPLITS, Inputs, Split, TaskBatch
+from pipeline.types import SPLITS, ClassWeighting, Inputs, Objective, Split, TaskBatch
 
 RowsT = TypeVar("RowsT", bound=CachedRows)
 
@@ -157,7 +157,7 @@ class ClassTasks(OneShape):
     the current one is used.
     """
 
-    objective = Classification()
+    objective: Objective = Classification()
     modalities: tuple[str, ...]  # of its data sets
     inputs: Inputs
     input_shape: tuple[int, ...]
@@ -211,9 +211,10 @@ class ClassTasks(OneShape):
         if self._windows is not None:
             self._upcoming = Upcoming(self._windows, self._drawn_classes)
         self._expected: object = None
-        self.train_classes = len(self._members["meta_train"]) * self._copies("meta_train")
-        self.weighting = (
-            ClassDifficulty(config.difficulty, classes=self.train_classes, device=device) if config.difficulty else None
+        classes = len(self._members["meta_train"]) * self._copies("meta_train")
+        self.train_classes: int | None = classes
+        self.weighting: ClassWeighting | None = (
+            ClassDifficulty(config.difficulty, classes=classes, device=device) if config.difficulty else None
         )
         self._indices = StepsAhead(self._draw, self._drawn_on)
 

@@ -99,7 +99,7 @@ class MixtureTasks:
         self.families: list[TaskFamily] = [part.task.build(device=device, dtype=dtype) for part in config.sets]
         self.sets = tuple(part.name for part in config.sets)
         first = self.families[0]
-        tables: list[TabularTasks] = [family for family in self.families if isinstance(family, TabularTasks)]
+        tables = [each for each in self.families if isinstance(each, TabularTasks)]
         if len(tables) == len(self.sets):
             named = dict(zip(self.sets, tables, strict=True))
             self.use(joint_encoding(named, [part.weight for part in config.sets]))
