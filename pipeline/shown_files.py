@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import csv
+import io
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -34,7 +36,7 @@ def read_queries(file: Path, *, text: str | None) -> list[Any]:
     if text is None or file.suffix.lower() == ".csv":
         rows = _rows(file, [] if text is None else [text])
         return [row[text] for row in rows] if text else rows
-    lines = [line.strip() for line in _read(file).splitlines()]
+    lines = [line.strip() for line in re.split(r"\r?\n", _read(file))]  # str.splitlines cuts within texts: at U+2028, …
     if not any(lines):
         raise DataError(f"{file}: holds no text.")
     return [line for line in lines if line]
@@ -44,7 +46,8 @@ def _read(file: Path) -> str:
     try:
         if file.stat().st_size > MAX_BYTES:
             raise DataError(f"{file}: has more than {MAX_BYTES >> 20} MB. Show a part of it.")
-        return file.read_text(encoding="utf-8-sig")
+        with file.open(encoding="utf-8-sig", newline="") as opened:
+            return opened.read()
     except OSError as error:
         raise DataError(f"{file}: cannot be read ({error.strerror}). Give a CSV file.") from error
     except UnicodeDecodeError as error:
@@ -53,7 +56,7 @@ def _read(file: Path) -> str:
 
 def _rows(file: Path, needed: list[str]) -> list[dict[str, Any]]:
     try:
-        reader = csv.DictReader(_read(file).splitlines(keepends=True), strict=True)
+        reader = csv.DictReader(io.StringIO(_read(file), newline=""), strict=True)
         rows = list(reader)
     except csv.Error as error:
         raise DataError(f"{file}: not a CSV file that can be read ({error}).") from error

@@ -137,6 +137,14 @@ def test_queries_are_lines_or_a_column(tmp_path: Path) -> None:
     (tmp_path / "q.csv").write_text('text,more\n"two\nlines",1\n')
     assert read_queries(tmp_path / "q.txt", text="text") == ["one", "two, with a comma"]
     assert read_queries(tmp_path / "q.csv", text="text") == ["two\nlines"]
+    odd = [f"one{mark}text" for mark in ("\u2028", "\u2029", "\x0c", "\x0b", "\x1c", "\x85", "\r")]
+    for end in ("\n", "\r\n"):
+        (tmp_path / "q.txt").write_bytes(end.join(odd).encode())
+        (tmp_path / "q.csv").write_bytes(end.join(["text", *(f'"{text}"' for text in odd)]).encode())
+        (tmp_path / "s.csv").write_bytes(end.join(["label,text", *(f'a,"{text}"' for text in odd)]).encode())
+        assert read_queries(tmp_path / "q.txt", text="text") == odd
+        assert read_queries(tmp_path / "q.csv", text="text") == odd
+        assert read_support(tmp_path / "s.csv", label="label", text="text").examples == odd
     for name, words in (("none.csv", "cannot be read"), ("empty.txt", "holds no text")):
         (tmp_path / "empty.txt").touch()
         with pytest.raises(DataError, match=words):
