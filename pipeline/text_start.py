@@ -146,11 +146,16 @@ def _by_name(content: bytes, source: str) -> dict[str, np.ndarray]:
 def _lines(lines: IO[bytes], config: TextConfig, source: str) -> Iterator[tuple[str, np.ndarray]]:
     """A word, which may hold blanks, and its numbers a line; fastText's first line tells sizes."""
     assert config.embedding is not None
+    first = True  # of the vectors
     for number, line in enumerate(lines, start=1):
         word, *values = line.rstrip().rsplit(b" ", config.embedding)
-        if number == 1 and len(line.split()) == 2 and config.embedding != 1:
+        fields = line.split()
+        if number == 1 and len(fields) == 2 and all(field.isdigit() for field in fields) and config.embedding != 1:
+            if int(fields[1]) != config.embedding:
+                found = f"line 1 tells of {int(fields[0])} words with {int(fields[1])} numbers each"
+                raise ConfigError(_other_length(source, found, config))
             continue
-        if not line.strip():
+        if not fields:
             continue
         where = f"line {number}"
         try:
@@ -161,10 +166,11 @@ def _lines(lines: IO[bytes], config: TextConfig, source: str) -> Iterator[tuple[
         except UnicodeDecodeError as error:
             raise DataError(f"{source}: {where} is not UTF-8 ({error}).") from error
         except ValueError:
-            found = f"{where} has {len(line.split()) - 1} fields after the word"
+            found = f"{where} has {len(fields) - 1} fields after the word"
             raise ConfigError(_other_length(source, found, config)) from None
-        if number == 1 and _is_number(text.rsplit(" ", 1)[-1]) and " " in text:
-            raise ConfigError(_other_length(source, f"{where} has {len(line.split()) - 1} numbers", config))
+        if first and _is_number(text.rsplit(" ", 1)[-1]) and " " in text:
+            raise ConfigError(_other_length(source, f"{where} has {len(fields) - 1} numbers", config))
+        first = False
         yield text, _finite(vector, source, where)
 
 

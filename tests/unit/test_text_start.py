@@ -113,6 +113,9 @@ def test_rows_start_from_words_vectors_in_a_file(kind: str, tmp_path: Path) -> N
     [
         (None, {}, ConfigError, "v.txt: cannot be read"),
         (b"alpha 1 2 3 4\n", {}, ConfigError, "line 1 has 4 numbers, and model.embedding is 3"),
+        (b"2 4\nalpha 1 2 3 4\n", {}, ConfigError, "line 1 tells of 2 words with 4 numbers each, and .* is 3"),
+        (b"2 3\nalpha 1 2 3 4\n", {}, ConfigError, "line 2 has 4 numbers, and model.embedding is 3"),
+        (b"alpha 1\nbeta 1\n", {}, ConfigError, "line 1 has 1 fields after the word"),
         (b"alpha 1 2 3\nbeta 1 2\n", {}, ConfigError, "line 2 has 2 fields after the word"),
         (b"alpha 1 nan 3\n", {}, DataError, "line 1 holds NaN"),
         (b"\xff 1 2 3\n", {}, DataError, "line 1 is not UTF-8"),
