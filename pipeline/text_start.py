@@ -151,8 +151,8 @@ def _lines(lines: IO[bytes], config: TextConfig, source: str) -> Iterator[tuple[
         word, *values = line.rstrip().rsplit(b" ", config.embedding)
         fields = line.split()
         if number == 1 and len(fields) == 2 and all(field.isdigit() for field in fields) and config.embedding != 1:
-            if int(fields[1]) != config.embedding:
-                found = f"line 1 tells of {int(fields[0])} words with {int(fields[1])} numbers each"
+            if fields[1] != b"%d" % config.embedding:
+                found = f"line 1 tells of {fields[0].decode():.20} words with {fields[1].decode():.20} numbers each"
                 raise ConfigError(_other_length(source, found, config))
             continue
         if not fields:
