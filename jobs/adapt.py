@@ -47,40 +47,59 @@ def adapt(
     """Show a model a few examples of your own classes; it labels your pictures, texts or rows with probabilities."""
     import json as json_format
 
-    from pipeline import serving
-    from pipeline.datasets.preprocessing import pictures_below
+    from pipeline.datasets.preprocessing import Preprocessing, pictures_below
     from pipeline.errors import DataError
-    from pipeline.shown_files import read_queries, read_support
-    from pipeline.tasks.tables import TableEncoding
-    from pipeline.tasks.tokens import Tokens
+    from pipeline.shown_files import Rows, read_lines, read_rows, read_support
 
     files: list[Path] = []
-    if query.suffix.lower() not in (".csv", ".txt"):
-        files = pictures_below(query)  # before a model is fetched
+    shown = read_support(support, label=label) if _is_text(support) or _is_text(query) else None
+    asked: Rows | list[str] = []
+    if not _is_text(query):
+        files = pictures_below(query)
+    elif query.suffix.lower() == ".csv":
+        asked = read_rows(query)
+    else:
+        asked = read_lines(query)
+
+    from pipeline import serving  # what is wrong with the files was told before a model is fetched
+    from pipeline.shown import table_rows
+    from pipeline.tasks.tokens import Tokens
+
     learner = serving.load(model)
     preprocessing = learner.card.preprocessing
+    support_x: Any
+    query_x: Any
+    names: list[dict[str, object]]
     if preprocessing is None:
         raise DataError(
             f"{model}: takes arrays {learner.card.input_shape} as they are, since its data sets say nothing of "
             "pictures, texts or rows, or differ in how they were made of them. Adapt it in Python: "
             "pipeline.serving.load(MODEL).adapt(support_x, support_y)."
         )
-    if isinstance(preprocessing, Tokens | TableEncoding):
-        column = text if isinstance(preprocessing, Tokens) else None
-        examples = read_queries(query, text=column)
-        shown = read_support(support, label=label, text=column)
-        adapted = learner.adapt(shown.examples, shown.labels, adaptation_steps=adaptation_steps)
-        probabilities = adapted.predict(examples, normalization=normalization.value)
-        kind = "text" if column else "row"
-        names: list[dict[str, object]] = [
-            {kind: example if column else number} for number, example in enumerate(examples, start=1)
-        ]
-    else:
-        files = files or pictures_below(query)
+    if isinstance(preprocessing, Preprocessing):
+        if shown is not None:
+            raise DataError(
+                f"{model}: takes pictures. Give --support a folder that holds a folder of pictures per class, and "
+                "--query a picture or a folder of them."
+            )
         adapted = learner.adapt_folder(support, adaptation_steps=adaptation_steps)
-        probabilities = adapted.predict_pictures(files, normalization=normalization.value)
-        kind = "picture"
-        names = [{"file": str(file)} for file in files]
+        query_x = learner.pictures(files)
+        kind, names = "picture", [{"file": str(file)} for file in files]
+    else:
+        shown = shown or read_support(support, label=label)
+        if isinstance(preprocessing, Tokens):
+            support_x = shown.rows.cells(text, option="--text")
+            query_x = asked.cells(text, option="--text") if isinstance(asked, Rows) else asked or read_lines(query)
+            kind, names = "text", [{"text": each} for each in query_x]
+        else:
+            rows = asked if isinstance(asked, Rows) else read_rows(query)
+            support_x, query_x = (
+                table_rows(each.rows, preprocessing, learner.dtype, str(each.file), place=each.place)
+                for each in (shown.rows, rows)
+            )
+            kind, names = "row", [{"row": number} for number in range(1, len(query_x) + 1)]
+        adapted = learner.adapt(support_x, shown.labels, adaptation_steps=adaptation_steps)
+    probabilities = adapted.predict(query_x, normalization=normalization.value)
     predictions = [
         {
             **name,
@@ -105,6 +124,10 @@ def adapt(
         console.out.print(_table(f"{model}, {normalization.value}", kind, shown_as, adapted.labels, probabilities))
 
     console.emit(result, as_json=json, show=show)
+
+
+def _is_text(file: Path) -> bool:
+    return file.suffix.lower() in (".csv", ".txt")
 
 
 def _table(title: str, kind: str, names: list[str], labels: list[Any], probabilities: np.ndarray) -> Table:

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from pipeline.datasets.preprocessing import Preprocessing
-from pipeline.datasets.tables.scanning import MISSING
+from pipeline.datasets.tables.scanning import LARGEST, MISSING
 from pipeline.errors import DataError
+from pipeline.tasks.shards.manifest import Column
 from pipeline.tasks.tables import TableEncoding
 from pipeline.tasks.tokens import Tokens
 
@@ -83,21 +84,29 @@ def token_numbers(x: Any, tokens: Tokens, name: str) -> Tensor:
     return torch.from_numpy(tokens(texts))
 
 
-def table_rows(x: Any, encoding: TableEncoding, dtype: torch.dtype, name: str) -> Tensor:
+def table_rows(
+    x: Any, encoding: TableEncoding, dtype: torch.dtype, name: str, *, place: Callable[[int], str] | None = None
+) -> Tensor:
     """Rows -> [N, D] as they are stored: numbers, codes of categories, NaN where a value is missing.
 
     x: a DataFrame or a list of dicts, by the columns' names (others are left out), or an array [N, D] in the order of
     the columns, where a category is its code or, among objects, its name. One that training did not know is none.
+    name: of x, in messages. place: of its i-th row; by default its entry i.
 
     Raises DataError: a column is missing, another number of columns, or a number that is none.
     """
+    if place is None:
+
+        def place(index: int) -> str:
+            return f"{name}: entry {index}"
+
     if hasattr(x, "to_dict") and hasattr(x, "columns"):  # a DataFrame, of whichever library
         x = x.to_dict("records")
     if isinstance(x, Sequence) and x and isinstance(x[0], Mapping):
         absent = [column.name for column in encoding.columns if not any(column.name in row for row in x)]
         if absent:
             raise DataError(f"{name}: has no column {absent[0]!r}. The model's columns are: {_names(encoding)}.")
-        cells = [[_cell(row.get(c.name), c, name, named=True) for c in encoding.columns] for row in x]
+        cells = [[_cell(row.get(c.name), c, place, i, named=True) for c in encoding.columns] for i, row in enumerate(x)]
         return torch.tensor(cells, dtype=dtype)
     array = np.asarray(x)
     if array.ndim != 2 or len(array) == 0 or array.shape[1] != len(encoding.columns):
@@ -106,14 +115,17 @@ def table_rows(x: Any, encoding: TableEncoding, dtype: torch.dtype, name: str) -
         )
     if not np.issubdtype(array.dtype, np.number):
         rows = np.asarray(x, dtype=object).tolist()
-        cells = [[_cell(value, c, name) for value, c in zip(row, encoding.columns, strict=True)] for row in rows]
+        cells = [
+            [_cell(value, c, place, i) for value, c in zip(row, encoding.columns, strict=True)]
+            for i, row in enumerate(rows)
+        ]
         return torch.tensor(cells, dtype=dtype)
     if np.isinf(array).any():
         raise DataError(f"{name}: holds infinite values. Give NaN where a value is missing.")
     return torch.as_tensor(array).to(dtype)
 
 
-def _cell(value: Any, column: Any, name: str, *, named: bool = False) -> float:
+def _cell(value: Any, column: Column, place: Callable[[int], str], row: int, *, named: bool = False) -> float:
     """named: a category is its name, even if it is a number. What `data prepare` takes as missing is NaN here too."""
     if value is None or value != value or (isinstance(value, str) and value.strip() in MISSING):
         return math.nan
@@ -124,8 +136,8 @@ def _cell(value: Any, column: Any, name: str, *, named: bool = False) -> float:
         number = float(value)
     except (TypeError, ValueError):
         number = math.inf
-    if math.isinf(number):
-        raise DataError(f"{name}: column {column.name!r} holds {value!r:.60}, which is no finite number.")
+    if abs(number) > LARGEST:
+        raise DataError(f"{place(row)}: column {column.name!r} holds {value!r:.60}, which is no finite number.")
     return number
 
 

@@ -6,37 +6,73 @@ import csv
 import io
 import re
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from pipeline.errors import DataError
 
 MAX_BYTES = 100 << 20  # of a file that is shown; more is a data set
 
 
+class Rows(NamedTuple):
+    """Of a CSV file, by the names in its header."""
+
+    file: Path
+    columns: list[str]
+    rows: list[dict[str, str]]
+    numbers: list[int]  # of each row in the file: the header is row 1
+
+    def place(self, index: int) -> str:
+        """Where a row stands, for messages."""
+        return f"{self.file}: row {self.numbers[index]}"
+
+    def cells(self, column: str, *, option: str) -> list[str]:
+        """Of the column that an option names. Raises DataError: it is not there, or empty in a row."""
+        if column not in self.columns:
+            known = ", ".join(self.columns[:20])
+            raise DataError(f"{self.file}: has no column {column!r}; it has: {known}. Name another with {option}.")
+        for index, row in enumerate(self.rows):
+            if not row[column].strip():
+                what = option.removeprefix("--")
+                raise DataError(
+                    f"{self.place(index)} has no {what} (column {column!r}). Give it one, or remove the row."
+                )
+        return [row[column] for row in self.rows]
+
+
 class Labelled(NamedTuple):
-    examples: list[Any]  # texts, or rows as dicts
+    """Rows and the label of each."""
+
+    rows: Rows
     labels: list[str]
 
 
-def read_support(file: Path, *, label: str, text: str | None) -> Labelled:
-    """A CSV file's rows and their labels. text: the column of the texts; None: the rows themselves.
-
-    Raises DataError: no such file or column, or a row without a label.
-    """
-    rows = _rows(file, [label] if text is None else [label, text])
-    for number, row in enumerate(rows, start=2):
-        if not (row[label] or "").strip():
-            raise DataError(f"{file}: row {number} has no label (column {label!r}). Give it one, or remove the row.")
-    labels = [row[label].strip() for row in rows]
-    return Labelled([row[text] if text else {k: v for k, v in row.items() if k != label} for row in rows], labels)
+def read_support(file: Path, *, label: str) -> Labelled:
+    """A CSV file's rows and their labels, from the column of this name. Raises DataError as `read_rows`; no label."""
+    rows = read_rows(file)
+    return Labelled(rows, [cell.strip() for cell in rows.cells(label, option="--label")])
 
 
-def read_queries(file: Path, *, text: str | None) -> list[Any]:
-    """A CSV file's rows or texts; of any other file of texts, each line that is not empty. Raises DataError."""
-    if text is None or file.suffix.lower() == ".csv":
-        rows = _rows(file, [] if text is None else [text])
-        return [row[text] for row in rows] if text else rows
-    lines = [line.strip() for line in re.split(r"\r?\n", _read(file))]  # str.splitlines cuts within texts: at U+2028, …
+def read_rows(file: Path) -> Rows:
+    """A CSV file's rows, of which it has one or more. Raises DataError: it cannot be read, or a row has other cells."""
+    # StringIO cuts at line ends alone; str.splitlines cuts within texts: at U+2028, form feeds, …
+    reader = csv.reader(io.StringIO(_read(file), newline=""), strict=True)
+    try:
+        filled = [(number, cells) for number, cells in enumerate(reader, start=1) if cells]
+    except csv.Error as error:
+        raise DataError(f"{file}: not a CSV file that can be read (line {reader.line_num}: {error}).") from error
+    (_, columns), *numbered = filled or [(1, [])]
+    for number, cells in numbered:
+        if len(cells) != len(columns):
+            raise DataError(f"{file}: row {number} has not {len(columns)} cells, as the header has.")
+    if not numbered:
+        raise DataError(f"{file}: holds no row below its header.")
+    rows = [dict(zip(columns, cells, strict=True)) for _, cells in numbered]
+    return Rows(file, columns, rows, [number for number, _ in numbered])
+
+
+def read_lines(file: Path) -> list[str]:
+    """Each line of a file of texts that is not empty, without blanks around it. Raises DataError: there is none."""
+    lines = [line.strip() for line in re.split(r"\r?\n", _read(file))]
     if not any(lines):
         raise DataError(f"{file}: holds no text.")
     return [line for line in lines if line]
@@ -52,21 +88,3 @@ def _read(file: Path) -> str:
         raise DataError(f"{file}: cannot be read ({error.strerror}). Give a CSV file.") from error
     except UnicodeDecodeError as error:
         raise DataError(f"{file}: is not UTF-8 ({error.reason} at byte {error.start}). Convert it.") from error
-
-
-def _rows(file: Path, needed: list[str]) -> list[dict[str, Any]]:
-    try:
-        reader = csv.DictReader(io.StringIO(_read(file), newline=""), strict=True)
-        rows = list(reader)
-    except csv.Error as error:
-        raise DataError(f"{file}: not a CSV file that can be read ({error}).") from error
-    for name in needed:
-        if name not in (reader.fieldnames or ()):
-            known = ", ".join((reader.fieldnames or ())[:20])
-            raise DataError(f"{file}: has no column {name!r}; it has: {known}. Name another with --label or --text.")
-    for number, row in enumerate(rows, start=2):
-        if None in row or None in row.values():
-            raise DataError(f"{file}: row {number} has not {len(reader.fieldnames or ())} cells, as the header has.")
-    if not rows:
-        raise DataError(f"{file}: holds no row below its header.")
-    return rows

@@ -14,11 +14,12 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from jobs import adapt, console, data
+from pipeline.datasets.preprocessing import Preprocessing
 from pipeline.datasets.tables.scanning import MISSING
 from pipeline.errors import DataError
 from pipeline.learner import Learner, write_model
 from pipeline.shown import table_rows
-from pipeline.shown_files import read_queries, read_support
+from pipeline.shown_files import Rows, read_lines, read_rows, read_support
 from pipeline.tasks.shards.manifest import Column
 from pipeline.tasks.tables import TableEncoding
 from tests.contract.entries import Case, card, raw
@@ -80,10 +81,8 @@ def test_metapipe_adapt_reads_csv_files(case: Case, tmp_path: Path) -> None:
 def test_a_model_of_arrays_is_not_taken_for_one_of_pictures(case: Case, tmp_path: Path) -> None:
     write_model(tmp_path / "model", card(case).model_copy(update={"preprocessing": None}), case.state)
     (tmp_path / "shown.csv").write_text("label,text\na,b\nb,c\n")
-    arguments = [tmp_path / "model", "--support", tmp_path / "shown.csv", "--query", tmp_path / "shown.csv"]
-    answer = CliRunner().invoke(console.single_command(adapt.adapt), list(map(str, arguments)))
-    assert isinstance(answer.exception, DataError)
-    assert "takes arrays [" in str(answer.exception)
+    shown = tmp_path / "shown.csv"
+    assert "takes arrays [" in refusal(tmp_path / "model", "--support", shown, "--query", shown)
 
 
 @pytest.mark.parametrize("classes", [8, 30])
@@ -115,13 +114,20 @@ def test_metapipe_data_show_tells_episodes(case: Case, tiny_sets: dict[str, Path
     assert "episode 1" in in_words.output
 
 
+def texts(rows: Rows) -> list[str]:
+    return rows.cells("text", option="--text")
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [
-        (b"label,text\na,x\n,y\n", "row 3 has no label"),
-        (b"label,words\na,x\n", "has no column 'text'; it has: label, words"),
-        (b"label,text\na\n", "row 2 has not 2 cells"),
+        (b"label,text\na,x\n,y\n", "f.csv: row 3 has no label"),
+        (b"label,text\n\na,x\n\n\nb, \n", "f.csv: row 6 has no text"),
+        (b"label,words\na,x\n", "has no column 'text'; it has: label, words.* with --text"),
+        (b"label,text\n\na\n", "row 3 has not 2 cells"),
+        (b"label,text\na,b,c\n", "row 2 has not 2 cells"),
         (b"label,text\n", "holds no row"),
+        (b"", "holds no row"),
         (b"label,text\na,\xff\n", "is not UTF-8"),
         (b'label,text\na,"x\n', "not a CSV file"),
     ],
@@ -129,23 +135,67 @@ def test_metapipe_data_show_tells_episodes(case: Case, tiny_sets: dict[str, Path
 def test_files_that_cannot_be_shown_are_refused(tmp_path: Path, content: bytes, words: str) -> None:
     (tmp_path / "f.csv").write_bytes(content)
     with pytest.raises(DataError, match=words):
-        read_support(tmp_path / "f.csv", label="label", text="text")
+        texts(read_support(tmp_path / "f.csv", label="label").rows)
+
+
+def refusal(*arguments: Any) -> str:
+    answer = CliRunner().invoke(console.single_command(adapt.adapt), list(map(str, arguments)))
+    assert isinstance(answer.exception, DataError)
+    return str(answer.exception)
+
+
+def test_what_is_wrong_with_a_file_is_told_by_file_and_row(case: Case, tmp_path: Path) -> None:
+    """A file that is missing or no CSV even before the model is looked for."""
+    write_model(tmp_path / "model", card(case), case.state)
+    of_text = case.experiment.task.family == "text"
+    right = "label,text\na,one\nb,two\n" if of_text else "label,length,width,colour\na,1,2,red\nb,2,3,red\n"
+    wrong = "text\nsix\n\n   \n" if of_text else "length,width,colour\n1,2,red\n\nabc,2,red\n"
+    support, query = tmp_path / "support.csv", tmp_path / "query.csv"
+    support.write_text(right)
+    query.write_text(wrong)
+    told = refusal(tmp_path / "model", "--support", support, "--query", query)
+    assert told.startswith(f"{query}: row 4")
+    assert "has no text" in told if of_text else "column 'length' holds 'abc'" in told
+    if not of_text:
+        support.write_text(right.replace("2,3", "1e39,3"))
+        assert f"{support}: row 3: column 'length' holds '1e39'" in refusal(
+            tmp_path / "model", "--support", support, "--query", query
+        )
+        query.write_text("length,width\n1,2\n")
+        support.write_text(right)
+        told = refusal(tmp_path / "model", "--support", support, "--query", query)
+        assert told.startswith(f"{query}: has no column 'colour'")
+    for shown, asked in (
+        (tmp_path / "none.csv", query),
+        (support, tmp_path / "none.csv"),
+        (support, tmp_path / "n.txt"),
+    ):
+        told = refusal("models:/nobody@champion", "--support", shown, "--query", asked)
+        assert "cannot be read" in told
+        assert told.startswith(str(asked if shown == support else shown))
+
+
+def test_a_model_of_pictures_says_so(tiny_sets: dict[str, Path], tmp_path: Path) -> None:
+    case = Case("protonet", {}, "images", tiny_sets)
+    drawings = Preprocessing(kind="drawing", size=12)
+    write_model(tmp_path / "model", card(case).model_copy(update={"preprocessing": drawings}), case.state)
+    (tmp_path / "f.csv").write_text("label,text\na,b\n")
+    file = tmp_path / "f.csv"
+    assert "takes pictures. Give --support a folder" in refusal(tmp_path / "model", "--support", file, "--query", file)
 
 
 def test_queries_are_lines_or_a_column(tmp_path: Path) -> None:
     (tmp_path / "q.txt").write_text("one\n\n two, with a comma\n")
     (tmp_path / "q.csv").write_text('text,more\n"two\nlines",1\n')
-    assert read_queries(tmp_path / "q.txt", text="text") == ["one", "two, with a comma"]
-    assert read_queries(tmp_path / "q.csv", text="text") == ["two\nlines"]
+    assert read_lines(tmp_path / "q.txt") == ["one", "two, with a comma"]
+    assert texts(read_rows(tmp_path / "q.csv")) == ["two\nlines"]
     odd = [f"one{mark}text" for mark in ("\u2028", "\u2029", "\x0c", "\x0b", "\x1c", "\x85", "\r")]
     for end in ("\n", "\r\n"):
         (tmp_path / "q.txt").write_bytes(end.join(odd).encode())
         (tmp_path / "q.csv").write_bytes(end.join(["text", *(f'"{text}"' for text in odd)]).encode())
-        (tmp_path / "s.csv").write_bytes(end.join(["label,text", *(f'a,"{text}"' for text in odd)]).encode())
-        assert read_queries(tmp_path / "q.txt", text="text") == odd
-        assert read_queries(tmp_path / "q.csv", text="text") == odd
-        assert read_support(tmp_path / "s.csv", label="label", text="text").examples == odd
+        assert read_lines(tmp_path / "q.txt") == odd
+        assert texts(read_rows(tmp_path / "q.csv")) == odd
+    (tmp_path / "empty.txt").touch()
     for name, words in (("none.csv", "cannot be read"), ("empty.txt", "holds no text")):
-        (tmp_path / "empty.txt").touch()
         with pytest.raises(DataError, match=words):
-            read_queries(tmp_path / name, text="text")
+            read_lines(tmp_path / name)
