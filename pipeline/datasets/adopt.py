@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 from pipeline import storage
-from pipeline.datasets.labels import label_problem
+from pipeline.datasets.labels import check_classes, label_problem
 from pipeline.datasets.prepare import REPORTED_PROBLEMS
 from pipeline.datasets.preprocessing import Preprocessing, decode_picture
 from pipeline.datasets.splits import class_splits
@@ -70,6 +70,7 @@ def adopt(
         shape,
         check=_problem,
         check_label=label_problem,
+        check_classes=check_classes,
         min_examples=min_examples,
         progress=progress,
     )

@@ -7,7 +7,7 @@ What a program cannot tell apart (one name in two Unicode normal forms) is a nam
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from pipeline.datasets.source import Problem
 
@@ -31,14 +31,19 @@ def label_problem(name: str) -> str | None:
     return None
 
 
-def check_names(names: Iterable[str]) -> tuple[list[str], list[Problem]]:
-    """The names that can be used, in order, and what is wrong with the others or odd about these."""
+def check_names(
+    names: Iterable[str], *, problem: Callable[[str], str | None] = label_problem
+) -> tuple[list[str], list[Problem]]:
+    """The names that can be used, in order, and what is wrong with the others or odd about these.
+
+    problem: what is wrong with a name by itself.
+    """
     kept: list[str] = []
     problems: list[Problem] = []
     normalized: dict[str, str] = {}
     folded: dict[str, str] = {}
     for name in names:
-        reason = label_problem(name)
+        reason = problem(name)
         same = normalized.get(unicodedata.normalize("NFC", name))
         if reason is None and same is not None:
             reason = f"the same name as class {same} in another Unicode form or twice; rename or merge them"
@@ -54,3 +59,27 @@ def check_names(names: Iterable[str]) -> tuple[list[str], list[Problem]]:
             )
         folded.setdefault(key, name)
     return kept, problems
+
+
+def check_classes(
+    members: Sequence[tuple[str, str]], *, label: str, group: str | None
+) -> tuple[dict[str, tuple[str, str]], list[Problem]]:
+    """Name -> (group, label) of the classes that can be used, in order, and what is wrong with the others.
+
+    members: each class's (group, label), neither with a `label_problem`. label, group: the columns that say them;
+    without a group the label is the name, else GROUP/LABEL, which two pairs may have in common.
+    """
+    named: dict[str, tuple[str, str]] = {}
+    problems: list[Problem] = []
+    for member in members:
+        name = member[1] if group is None else "/".join(member)
+        first = named.setdefault(name, member)
+        if first != member:
+            (group_a, label_a), (group_b, label_b) = first, member
+            reason = (
+                f"{group} {group_b!r} with {label} {label_b!r} has the name that {group} {group_a!r} with {label} "
+                f"{label_a!r} has; rename one (the rows of the former are left out)"
+            )
+            problems.append(Problem(f"class {name!r}", reason))
+    kept, odd = check_names(named, problem=lambda name: None)
+    return {name: named[name] for name in kept}, problems + odd

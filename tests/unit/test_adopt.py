@@ -2,6 +2,7 @@
 
 import io
 import json
+import unicodedata
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -181,6 +182,25 @@ def test_rows_that_are_no_examples(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"row 2: holds no 2 finite numbers; .*\(and 1 more\).*--strict"):
         adopt(tmp_path, strict=True, overwrite=True)
     assert adopt(tmp_path, min_examples=2, overwrite=True).source["left_out"]["first"][0]["class"] == "b"
+
+
+def test_names_that_two_classes_have(tmp_path: Path) -> None:
+    """In another Unicode form, in another group, or in another case, which alone is kept."""
+    composed, decomposed = (unicodedata.normalize(form, "café") for form in ("NFC", "NFD"))
+    members = [("a", composed), ("a", decomposed), ("a", "b/c"), ("a/b", "c"), ("a", "Dog"), ("a", "dog")]
+    columns = {"clinic": [m[0] for m in members], "label": [m[1] for m in members], "text": list("uvwxyz")}
+    pq.write_table(pa.table(columns), tmp_path / "x.parquet")
+    manifest = adopt(tmp_path, group="clinic")
+    shards.verify(tmp_path)
+    assert [entry.name for entry in manifest.classes] == ["a/Dog", "a/b/c", f"a/{decomposed}", "a/dog"]
+    with shards.ShardReader(tmp_path, manifest) as reader:
+        assert [reader.read_class(i)[0] for i in range(4)] == ["y", "w", "v", "z"]
+    found = dict(manifest.source["problems"]["first"])
+    assert manifest.source["problems"]["count"] == len(found) == 3
+    assert "clinic 'a/b' with label 'c' has the name that clinic 'a' with label 'b/c' has" in found["class 'a/b/c'"]
+    assert "another Unicode form" in found[f"class 'a/{composed}'"]
+    with pytest.raises(DataError, match="another Unicode form"):
+        adopt(tmp_path, group="clinic", strict=True, overwrite=True)
 
 
 def test_broken_pictures_and_blank_texts_are_left_out(tmp_path: Path) -> None:

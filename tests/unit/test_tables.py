@@ -7,6 +7,7 @@ import errno
 import io
 import os
 import pickle
+import unicodedata
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -342,6 +343,40 @@ def test_rows_of_no_class_are_told_also_where_lists_leave_the_first_class_out(tm
     assert [entry.name for entry in manifest.classes] == ["b", "c", "d"]
     assert ["t.csv: row 6", "has no label"] in manifest.source["problems"]["first"]
     assert manifest.source["problems"]["count"] == 2, "and class a, which is left out"
+
+
+CAFES = [unicodedata.normalize(form, "café") for form in ("NFD", "NFC")]
+
+
+def test_labels_in_another_form_are_left_out_and_those_that_look_alike_told_of(tmp_path: Path) -> None:
+    rows = [[name, i] for name in [*CAFES, "Dog", "dog"] for i in range(10)]
+    file = write_csv(tmp_path / "t.csv", [["label", "x"], *rows])
+    manifest, examples = prepared("csv", file, tmp_path / "out")
+    assert list(examples) == ["Dog", CAFES[0], "dog"]
+    assert all(found.ravel().tolist() == list(range(10)) for found in examples.values())
+    found = dict(manifest.source["problems"]["first"])
+    assert manifest.source["problems"]["count"] == len(found) == 2
+    assert "another Unicode form" in found[f"class {CAFES[1]!r}"]
+    assert "by case or form alone; both are kept" in found["class 'dog'"]
+    with pytest.raises(DataError, match="another Unicode form"):
+        prepared("csv", file, tmp_path / "strict", strict=True)
+
+
+def test_two_pairs_of_group_and_label_with_one_name_are_told_with_their_columns(tmp_path: Path) -> None:
+    members = [("a", "b/c"), ("a/b", "c"), ("a", "d"), ("x" * 150, "y" * 150)]
+    file = write_csv(tmp_path / "t.csv", [["clinic", "label", "x"], *([*each, i] for each in members for i in (1, 2))])
+    manifest, examples = prepared("csv", file, tmp_path / "out", group="clinic")
+    assert {name: len(found) for name, found in examples.items()} == {
+        "a/b/c": 2,
+        "a/d": 2,
+        f"{members[-1][0]}/{members[-1][1]}": 2,
+    }
+    assert manifest.classes[0].group == "a"
+    ((item, reason),) = manifest.source["problems"]["first"]
+    assert item == "class 'a/b/c'"
+    assert reason.startswith("clinic 'a/b' with label 'c' has the name that clinic 'a' with label 'b/c' has; rename")
+    with pytest.raises(DataError, match="clinic 'a/b' with label 'c'"):
+        prepared("csv", file, tmp_path / "strict", group="clinic", strict=True)
 
 
 def test_items_of_pictures_are_bounded_by_what_they_decode_to(tmp_path: Path) -> None:

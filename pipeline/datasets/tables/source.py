@@ -21,6 +21,7 @@ import numpy as np
 import pyarrow as pa
 from pydantic import Field
 
+from pipeline.datasets.labels import check_classes
 from pipeline.datasets.preprocessing import Preprocessing, decode_picture
 from pipeline.datasets.source import Column, Examples, Modality, Problem, Put, RawClass, Source
 from pipeline.datasets.sources import FolderOptions
@@ -88,7 +89,8 @@ class ParquetOptions(TableOptions):
 
 
 class _Scan(NamedTuple):
-    classes: list[tuple[str, str]]  # (name, group), in the order of the names
+    classes: dict[str, tuple[str, str]]  # name -> (group, label), in the order of these
+    problems: list[Problem]  # classes that are left out for their names, or look like another
     counts: list[int]  # rows of each, before any is found to be bad
     sizes: list[int]  # bytes of its texts or pictures
     columns: list[Column]  # of vectors
@@ -122,7 +124,7 @@ class Table(Source):
         return self._scan.columns
 
     def class_groups(self) -> dict[str, str]:  # without sorting
-        return dict(self._scan.classes)
+        return {name: group for name, (group, _) in self._scan.classes.items()}
 
     def version(self) -> str:
         return self._version
@@ -132,8 +134,8 @@ class Table(Source):
 
     def classes(self) -> Iterator[RawClass]:
         rows = self._sorted()
-        told = rows.problem_files  # of rows without a class too, with the first one
-        for class_id, (name, group) in enumerate(self._scan.classes):
+        told = [*self._scan.problems, *rows.problem_files]  # of rows without a class too, with the first one
+        for class_id, (name, (group, _)) in enumerate(self._scan.classes.items()):
             yield RawClass(name, group, itertools.chain(told, rows.items(class_id)))
             told = []
 
@@ -189,19 +191,19 @@ class Table(Source):
                 f"column {options.label!r}: {len(counts):,} different values in {rows:,} rows. That is no label of "
                 "classes with several examples each; name another column with --label."
             )
-        keys = sorted(counts)
-        names = [(label if options.group is None else f"{group}/{label}", group) for group, label in keys]
+        classes, problems = check_classes(sorted(counts), label=options.label, group=options.group)
+        keys = list(classes.values())
         with _naming(self._table.files[0]):
             columns = [column for scan in scans.values() for column in scan.columns()]
         if not self._content and not columns:
             raise DataError(f"{self._table.files[0]}: no column beside the label is left to be the examples.")
-        return _Scan(names, [counts[k] for k in keys], [sizes[k] for k in keys], columns, scans)
+        return _Scan(classes, problems, [counts[k] for k in keys], [sizes[k] for k in keys], columns, scans)
 
     def _sorted(self) -> sorting.SortedRows:
         """The rows class by class: by a second reading, or as an interrupted preparation left them."""
         assert self._folder is not None, "work_in comes first"
         scan = self._scan
-        numbers = {name: i for i, (name, _) in enumerate(scan.classes)}
+        numbers = {member: i for i, member in enumerate(scan.classes.values())}
         width = 0 if self._content else len(scan.columns)
         decoded = 0
         if isinstance(self.preprocessing, Preprocessing):
@@ -216,20 +218,20 @@ class Table(Source):
                     self._sort(batch, rows, numbers)
         return rows
 
-    def _sort(self, batch: Batch, rows: sorting.SortedRows, numbers: Mapping[str, int]) -> None:
-        """Put a batch's rows to the classes with these numbers."""
+    def _sort(self, batch: Batch, rows: sorting.SortedRows, numbers: Mapping[tuple[str, str], int]) -> None:
+        """Put a batch's rows to the classes with these numbers; those of a class that has none are left out."""
         members, reasons = self._members(batch)
         if self._content:
             contents, bad = self._contents(batch)
         else:
             vectors, bad = self._vectors(batch)
         reasons = {**bad, **reasons}
-        kept = np.array([i for i in range(len(members)) if i not in reasons], dtype=np.int64)
-        classes = np.array([numbers[self._name(members[i])] for i in kept], dtype=np.int64)
+        kept = [(i, numbers[m]) for i, m in enumerate(members) if m is not None and m in numbers and i not in reasons]
+        chosen, classes = np.array(kept, dtype=np.int64).reshape(-1, 2).T
         if self._content:
-            rows.add_contents(classes, [contents[i] or b"" for i in kept])
+            rows.add_contents(classes, [contents[i] or b"" for i in chosen])
         else:
-            rows.add_vectors(classes, vectors[kept])
+            rows.add_vectors(classes, vectors[chosen])
         rows.add_problems([*batch.problems, *self._named(batch, reasons)])
 
     def _named(self, batch: Batch, reasons: Mapping[int, str]) -> list[Problem]:
@@ -251,11 +253,6 @@ class Table(Source):
         options = self._options
         named = [options.label, options.group, self._content, *self._features]
         return self._table.batches(list(dict.fromkeys(name for name in named if name is not None)))
-
-    def _name(self, member: tuple[str, str] | None) -> str:
-        assert member is not None
-        group, label = member
-        return label if self._options.group is None else f"{group}/{label}"
 
     def _members(self, batch: Batch) -> _Members:
         """(group, label) of each row, or None and what is wrong with it."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -37,6 +37,14 @@ NO_LABEL = "has no label"
 GUESSES = ("image", "img", "features", "embedding", "embeddings", "vector", "text", "sentence")
 
 
+class CheckClasses(Protocol):
+    """What `pipeline.datasets.labels.check_classes` does."""
+
+    def __call__(
+        self, members: Sequence[tuple[str, str]], *, label: str, group: str | None
+    ) -> tuple[dict[str, tuple[str, str]], list[Problem]]: ...
+
+
 class Found(NamedTuple):
     """What the files hold."""
 
@@ -44,7 +52,7 @@ class Found(NamedTuple):
     columns: list[Column]
     classes: list[dict[str, Any]]  # as in a manifest, without splits, in the order of their names
     shards: list[dict[str, Any]]
-    num_problems: int  # rows that are no examples
+    num_problems: int  # rows that are no examples, and classes whose names are another's or look so
     problems: list[Problem]  # the first KEPT_PROBLEMS of them
     left_out: list[dict[str, Any]]  # classes with too few examples
 
@@ -139,14 +147,15 @@ def index(
     *,
     check: Callable[[Any], str | None],
     check_label: Callable[[str], str | None],
+    check_classes: CheckClasses,
     min_examples: int,
     progress: Callable[[int, int], None],
 ) -> Found:
     """Read the files once and find their classes.
 
     shape: of an example; a vector's may be None. check: what is wrong with an encoded image or a text, if anything.
-    check_label: the same of a label or a group. min_examples: a class with fewer is left out. progress: told of rows
-    read and of all rows.
+    check_label: the same of a label or a group. check_classes: names the classes, as `labels.check_classes` does.
+    min_examples: a class with fewer is left out. progress: told of rows read and of all rows.
 
     Raises DataError: a file that cannot be read, row groups too large to be read at once, or classes scattered so
     widely that training would decode everything again and again; each says what to do.
@@ -201,10 +210,11 @@ def index(
         for c in sorted(classes.values(), key=lambda c: c.name)
         if c.count < max(1, min_examples)
     ]
-    names = [c.name for c in kept]
-    if len(set(names)) < len(names):
-        twice = next(name for name, after in itertools.pairwise(names) if name == after)
-        raise DataError(f"{folder}: two classes have the name {twice}; names must be unique.")
+    named, odd = check_classes([(c.group, c.label) for c in kept], label=layout.label, group=layout.group)
+    usable_names = set(named.items())
+    kept = [c for c in kept if (c.name, (c.group, c.label)) in usable_names]
+    problems = [*odd[:KEPT_PROBLEMS], *problems][:KEPT_PROBLEMS]
+    num_problems += len(odd)
     _check_scattered(folder, kept, opened, layout)
     columns = [
         Column(name=str(number), missing=number in missing)
