@@ -111,6 +111,8 @@ def prepare(
                 reader=reader,
                 progress=advance,
             )
+    for remark in manifest.source.get("remarks", []):
+        console.say(remark)
     found = write_card(out, manifest, command=_command(), originals=source.originals()) if card else None
     data_summary.emit(out, manifest, as_json=json, found=found)
 
@@ -216,7 +218,7 @@ def _check_same(out: str, manifest: Manifest, record: dict[str, Any]) -> None:
     """Raises ConfigError: a data set prepared with other options stands at `out`; names those that differ."""
     from pipeline.errors import ConfigError
 
-    found = {"split_seed", "near_duplicates", "problems", "left_out"}  # in the data, and not asked for
+    found = {"split_seed", "near_duplicates", "problems", "left_out", "remarks"}  # in the data, and not asked for
     there = {key: value for key, value in manifest.source.items() if key not in found}
     same_source = there.get("name") == record["name"]
     keys = [*record, *(key for key in there if key not in record)] if same_source else ["name"]

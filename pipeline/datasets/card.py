@@ -244,15 +244,16 @@ def _leakage(manifest: shards.Manifest, found: Survey) -> str:
 
 def _problems(source: Mapping[str, Any]) -> str:
     problems, left_out = source.get("problems"), source.get("left_out")
-    if not problems and not left_out:
-        return "None was met: everything in the raw data could be read."
     text = []
+    if not problems and not left_out:
+        text.append("None was met: everything in the raw data could be read.")
     if problems:
         listed = [f"- {_text(str(item))}: {_text(str(reason))}" for item, reason in problems["first"][:20]]
         text.append(f"{problems['count']} items could not be read or are odd, the first:\n\n" + "\n".join(listed))
     if left_out:
         listed = [f"- {_text(str(each['class']))}: {each['examples']} examples" for each in left_out["first"][:20]]
         text.append(f"{left_out['count']} classes were left out for having too few:\n\n" + "\n".join(listed))
+    text += [f"Remark: {_text(remark)}" for remark in source.get("remarks", [])]
     return "\n\n".join(text)
 
 
@@ -314,7 +315,8 @@ def _classes(manifest: shards.Manifest, found: Survey) -> str:
 
 
 def _made(manifest: shards.Manifest, command: str | None) -> str:
-    source = {k: v for k, v in manifest.source.items() if k not in ("near_duplicates", "problems", "left_out")}
+    found = ("near_duplicates", "problems", "left_out", "remarks")
+    source = {k: v for k, v in manifest.source.items() if k not in found}
     text = [_fenced(command)] if command else []
     text.append("Source and options:\n\n" + _fenced(json.dumps(source, ensure_ascii=False, indent=1)))
     if manifest.preprocessing:

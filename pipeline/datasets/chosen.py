@@ -85,6 +85,9 @@ class Chosen(Source):
     def version(self) -> str:
         return self.source.version()
 
+    def remarks(self) -> list[str]:
+        return self.source.remarks()
+
     def originals(self) -> Mapping[Original, int]:
         return self.source.originals()
 

@@ -122,6 +122,10 @@ class Source(Protocol):
         """Name of a class split -> class name -> part; known before the examples are read."""
         ...
 
+    def remarks(self) -> list[str]:
+        """What a user should know of the data set that is no problem of the raw data; a few sentences."""
+        return []
+
     def originals(self) -> Mapping[Original, int]:
         """How often each kind of raw picture is met in a sample of each class; for the data card.
 

@@ -379,6 +379,39 @@ def test_two_pairs_of_group_and_label_with_one_name_are_told_with_their_columns(
         prepared("csv", file, tmp_path / "strict", group="clinic", strict=True)
 
 
+@pytest.mark.parametrize("named", [False, True])
+def test_an_index_of_pandas_is_no_feature_unless_asked_for(tmp_path: Path, named: bool) -> None:
+    frame = pa.table({"label": list("aabb"), "x": [5, 8, 7, 6]}).to_pandas().sort_values("x")
+    frame.index.name = "patient" if named else None
+    frame.to_parquet(tmp_path / "t.parquet")
+    frame.to_csv(tmp_path / "t.csv")
+    manifest, examples = prepared("parquet", tmp_path / "t.parquet", tmp_path / "out")
+    name = "patient" if named else "__index_level_0__"
+    assert [column.name for column in manifest.columns] == ["x"]
+    (remark,) = manifest.source["remarks"]
+    assert remark.startswith(f"column {name!r} is left out, as an index")
+    assert manifest.source.get("problems") is None
+    for asked in ({"features": ["x", name]}, {"numeric": [name]}):
+        manifest, _ = prepared("parquet", tmp_path / "t.parquet", tmp_path / next(iter(asked)), **asked)
+        assert sorted(column.name for column in manifest.columns) == sorted(["x", name])
+        assert "remarks" not in manifest.source
+    if not named:
+        manifest, _ = prepared("csv", tmp_path / "t.csv", tmp_path / "csv")
+        assert [column.name for column in manifest.columns] == ["x"]
+        frame.reset_index(names="Unnamed: 0").to_csv(tmp_path / "t.csv", index=False)
+        assert [c.name for c in prepared("csv", tmp_path / "t.csv", tmp_path / "read")[0].columns] == ["x"]
+
+
+def test_a_range_that_pandas_does_not_write_and_notes_of_others_leave_nothing_out(tmp_path: Path) -> None:
+    for number, note in enumerate([None, b"no json", b"[]", b'{"index_columns": [{"kind": "range"}]}']):
+        rows = pa.table({"label": list("ab"), "x": [1, 2]})
+        rows = rows.replace_schema_metadata(None if note is None else {b"pandas": note})
+        pq.write_table(rows, tmp_path / "t.parquet")
+        manifest, _ = prepared("parquet", tmp_path / "t.parquet", tmp_path / str(number))
+        assert [column.name for column in manifest.columns] == ["x"]
+        assert "remarks" not in manifest.source
+
+
 def test_items_of_pictures_are_bounded_by_what_they_decode_to(tmp_path: Path) -> None:
     pq.write_table(pa.table({"image": [picture(1)] * 10, "label": ["a"] * 10}), tmp_path / "t.parquet")
     source = read_options("parquet", {"directory": tmp_path / "t.parquet", "image": "image", "size": 100}).open(seed=0)

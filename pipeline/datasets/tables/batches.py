@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import codecs
 import itertools
+import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,6 +26,7 @@ BUFFER_BYTES = 1 << 20  # of each column of a Parquet file
 SNIFFED = 4096  # bytes of a CSV file that tell whether it is text
 CSV_SUFFIXES = (".csv", ".tsv", ".txt", ".csv.gz", ".tsv.gz", ".csv.bz2", ".csv.zst")
 PARQUET_SUFFIXES = (".parquet", ".pq")
+INDEX = re.compile(r"Unnamed: 0(\.\d+)*|__index_level_\d+__")
 
 
 class Batch(NamedTuple):
@@ -36,7 +39,10 @@ class Batch(NamedTuple):
 
 
 class CsvFiles:
-    """CSV files with the same columns. Raises DataError: no such file, or its first row is none."""
+    """CSV files with the same columns.
+
+    index_columns: those that number the rows, as pandas writes them. Raises DataError: no such file, or its first row is none.
+    """
 
     def __init__(self, place: Path, *, delimiter: str = ",", header: bool = True) -> None:
         self.files = files_at(place, CSV_SUFFIXES)
@@ -44,6 +50,7 @@ class CsvFiles:
         self._delimiter = delimiter
         self._cut = csv_blocks.Cut.by(delimiter)
         self.names = self._names(next(self._blocks(self.files[0]), b""), self.files[0])
+        self.index_columns = [name for name in self.names if _is_index(name)]
 
     def batches(self, columns: list[str]) -> Iterator[Batch]:
         """Raises DataError: a file cannot be read, or has other columns than the first."""
@@ -139,11 +146,17 @@ class CsvFiles:
 
 
 class ParquetFiles:
-    """Parquet files with the same columns. Raises DataError: no such file, or not Parquet."""
+    """Parquet files with the same columns.
+
+    index_columns: those that number the rows, as pandas writes them. Raises DataError: no such file, or not Parquet.
+    """
 
     def __init__(self, place: Path) -> None:
         self.files = files_at(place, PARQUET_SUFFIXES)
-        self.names = _unique(self.files[0], self._open(self.files[0]).schema_arrow.names)
+        schema = self._open(self.files[0]).schema_arrow
+        self.names = _unique(self.files[0], schema.names)
+        declared = _declared_index(schema)
+        self.index_columns = [name for name in self.names if name in declared or _is_index(name)]
 
     def _open(self, file: Path) -> pq.ParquetFile:
         try:
@@ -172,6 +185,20 @@ class ParquetFiles:
                         f"{file}: {names} cannot be read after row {first - 1} ({_short(error)}). Leave it out "
                         "(--leave-out), or write the file anew."
                     ) from error
+
+
+def _is_index(name: str) -> bool:
+    """Whether a column's name is what pandas writes, or reads, for an index without a name."""
+    return not name.strip() or INDEX.fullmatch(name) is not None
+
+
+def _declared_index(schema: pa.Schema) -> set[str]:
+    """The columns that pandas has noted in the file as its index."""
+    try:
+        noted = json.loads((schema.metadata or {}).get(b"pandas", b"{}"))
+        return {each for each in noted["index_columns"] if isinstance(each, str)}
+    except (ValueError, TypeError, KeyError):  # another program's note, or none
+        return set()
 
 
 def _unreadable(file: Path, columns: list[str]) -> list[str]:

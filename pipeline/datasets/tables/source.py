@@ -105,7 +105,7 @@ class Table(Source):
         self._table = table
         self._version = _version(table.files)  # before the first reading, so that an edit during it is told too
         self._content = options.text or options.image
-        self._features = _features(options, table.names)
+        self._features = _features(options, table.names, table.index_columns)
         if options.image is not None:
             channels: Literal[1, 3] = 3 if options.kind == "photo" else 1
             self.preprocessing = Preprocessing(kind=options.kind, size=options.size, channels=channels)
@@ -128,6 +128,16 @@ class Table(Source):
 
     def version(self) -> str:
         return self._version
+
+    def remarks(self) -> list[str]:
+        used = {*self._features, self._options.label, self._options.group, *(self._options.leave_out or ())}
+        left = [name for name in self._table.index_columns if name not in used]
+        if self._content or not left:
+            return []
+        return [
+            f"{_listed(left, 'column')} left out, as an index that numbers the rows (in a sorted table it would tell the "
+            f"class). If it is a feature, name all of them: --features {','.join(left)} …"
+        ]
 
     def splits(self, *, seed: int) -> dict[str, dict[str, Split]]:
         return class_splits(self.class_groups(), seed=seed)
@@ -373,7 +383,13 @@ def _version(files: Sequence[Path]) -> str:
     return hashlib.sha256(json.dumps(described).encode()).hexdigest()
 
 
-def _features(options: TableOptions, names: list[str]) -> list[str]:
+def _listed(names: Sequence[str], what: str) -> str:
+    """ "column 'a' is", "columns 'a', 'b' are"."""
+    shown = ", ".join(map(repr, names[:10])) + (", …" if len(names) > 10 else "")
+    return f"{what} {shown} is" if len(names) == 1 else f"{what}s {shown} are"
+
+
+def _features(options: TableOptions, names: list[str], index_columns: list[str]) -> list[str]:
     """The columns that make vectors; none where the examples are texts or pictures. Raises ConfigError."""
     roles: dict[str, str] = {}
     named = [("--label", options.label), ("--group", options.group), ("--text", options.text)]
@@ -395,7 +411,8 @@ def _features(options: TableOptions, names: list[str]) -> list[str]:
         return []
     if options.features:
         return list(dict.fromkeys(options.features))
-    return [name for name in names if roles.get(name, "--features") == "--features"]
+    unasked = set(index_columns) - roles.keys()
+    return [name for name in names if roles.get(name, "--features") == "--features" and name not in unasked]
 
 
 def _pictures(array: pa.Array, name: str) -> list[bytes | None]:
