@@ -161,6 +161,42 @@ def test_pictures_as_hubs_store_them(tmp_path: Path, struct: bool) -> None:
     assert [len(found) for found in examples.values()] == [6, 6]
     assert examples["1"][2].reshape(-1, 3)[0].tolist() == [50, 0, 205]
     assert manifest.source["problems"]["count"] == 2
+    broken = "not a picture that can be read (PNG and JPEG are). Remove or convert it."
+    assert sorted(manifest.source["problems"]["first"]) == [
+        ["t.parquet: row 13", broken],
+        ["t.parquet: row 14", "has no picture"],
+    ]
+
+
+class Sent:
+    """A value as another machine gets it."""
+
+    def __init__(self, value: Any) -> None:
+        self._value = pickle.dumps(value)
+
+    def __call__(self) -> Any:
+        return pickle.loads(self._value)
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_a_broken_picture_is_told_by_its_file_and_row(tmp_path: Path, elsewhere: bool) -> None:
+    """Classes are mixed, and files; also in a process that does not see where the rows lie."""
+    (tmp_path / "in").mkdir()
+    for name in "ab":
+        files = [picture(i) for i in range(6)]
+        if name == "b":
+            files[4:] = [files[4][:50], b"no picture"]
+        pq.write_table(pa.table({"image": files, "label": list("bababa")}), tmp_path / "in" / f"{name}.parquet")
+    source = read_options("parquet", {"directory": tmp_path / "in", "image": "image", "size": 8}).open(seed=0)
+    source.work_in(tmp_path / "own")
+    problems = []
+    for raw in source.classes():
+        items = list(raw.items)
+        if elsewhere:
+            items = list(source.elsewhere(items, Sent))
+        problems += pickle.loads(pickle.dumps(source)).read(items)[1]
+    assert [item for item, _ in problems] == ["b.parquet: row 6", "b.parquet: row 5"]
+    assert all("row" not in reason and "picture 1" not in reason for _, reason in problems)
 
 
 def test_lists_of_numbers_are_columns(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from pipeline.files import write_atomically
 ITEM_BYTES = 64 << 10  # of the examples that an item stands for: dozens of items are read at once
 PROBLEMS_PER_FILE = 1000
 ROWS, SPANS, CONTENT, WHOLE = "rows.f32", "spans.i64", "content.bin", "whole.json"
-SPAN_BYTES = 16
+SPAN_BYTES = 32  # where a content begins and ends, and its file's number and row, for whoever has to mend it
 
 
 class RowRange(NamedTuple):
@@ -123,14 +123,15 @@ class SortedRows:
             self._write(ROWS, 4 * self.width * first, rows[members].astype(np.float32).tobytes())
             self._written[class_id] += len(members)
 
-    def add_contents(self, classes: np.ndarray, contents: Sequence[bytes]) -> None:
-        """Texts or files of classes int64 [n]."""
+    def add_contents(self, classes: np.ndarray, contents: Sequence[bytes], origins: np.ndarray) -> None:
+        """Texts or files of classes int64 [n]. origins int64 [n, 2]: each one's file, by number, and row."""
         for class_id, members in _by_class(classes):
             new = [contents[i] for i in members]
             edges = self._next_byte[class_id] + _starts([len(content) for content in new])
             first = int(self._starts[class_id] + self._written[class_id])
             self._write(CONTENT, int(edges[0]), b"".join(new))
-            self._write(SPANS, SPAN_BYTES * first, np.stack([edges[:-1], edges[1:]], axis=1).tobytes())
+            spans = np.column_stack([edges[:-1], edges[1:], origins[members]])
+            self._write(SPANS, SPAN_BYTES * first, spans.tobytes())
             self._next_byte[class_id] = edges[-1]
             self._written[class_id] += len(new)
 
@@ -174,12 +175,17 @@ def read_vectors(folder: Path, rows: RowRange) -> np.ndarray:
 
 def read_contents(folder: Path, rows: RowRange) -> list[bytes]:
     """The contents of some rows, in order."""
-    spans = _spans(folder, rows.start, rows.stop)
+    spans = _spans(folder, rows.start, rows.stop)[:, :2]
     begin = int(spans[0, 0])  # a class's contents lie together
     with (folder / CONTENT).open("rb") as file:
         file.seek(begin)
         content = file.read(int(spans[-1, 1]) - begin)
     return [content[start:stop] for start, stop in (spans - begin).tolist()]
+
+
+def read_origins(folder: Path, rows: RowRange) -> list[list[int]]:
+    """The number of the file and the row that each of these contents is from."""
+    return _spans(folder, rows.start, rows.stop)[:, 2:].tolist()
 
 
 def read_problems(folder: Path, file: ProblemFile) -> list[Problem]:
@@ -191,8 +197,8 @@ def _problem_file(number: int) -> ProblemFile:
 
 
 def _spans(folder: Path, start: int, stop: int) -> np.ndarray:
-    """int64 [stop - start, 2]: where the contents begin and end."""
-    return np.fromfile(folder / SPANS, np.int64, 2 * (stop - start), offset=SPAN_BYTES * start).reshape(-1, 2)
+    """int64 [stop - start, 4]: where the contents begin and end, and what they are from."""
+    return np.fromfile(folder / SPANS, np.int64, 4 * (stop - start), offset=SPAN_BYTES * start).reshape(-1, 4)
 
 
 def _starts(counts: Sequence[int]) -> np.ndarray:

@@ -103,6 +103,7 @@ class Table(Source):
     def __init__(self, options: TableOptions, table: CsvFiles | ParquetFiles) -> None:
         self._options = options
         self._table = table
+        self._files = [file.name for file in table.files]
         self._version = _version(table.files)  # before the first reading, so that an edit during it is told too
         self._content = options.text or options.image
         self._features = _features(options, table.names, table.index_columns)
@@ -114,7 +115,7 @@ class Table(Source):
         self._folder: Path | None = None
 
     def __getstate__(self) -> dict[str, Any]:  # of a copy in another process, which only reads
-        return {name: self.__dict__.get(name) for name in ("_folder", "copies", "modality", "preprocessing")}
+        return {name: self.__dict__.get(name) for name in ("_folder", "_files", "copies", "modality", "preprocessing")}
 
     def work_in(self, folder: Path) -> None:
         self._folder = folder  # of the sorted rows
@@ -150,14 +151,15 @@ class Table(Source):
             told = []
 
     def read(self, items: Sequence[Any]) -> tuple[Examples, list[Problem]]:
-        return _read(self._folder, self.modality, self.preprocessing, items)
+        return _read(self._folder, self.modality, self.preprocessing, items, self._files)
 
     def elsewhere(self, items: Sequence[Any], put: Put) -> Sequence[Any]:
         assert self._folder is not None
         found: list[Any] = []
         for item in items:
             if isinstance(item, sorting.RowRange):
-                found.append(_Sent(item, put(_rows_of(self._folder, item))))
+                origins = sorting.read_origins(self._folder, item) if self.modality == "image" else []
+                found.append(_Sent(item, put(_rows_of(self._folder, item)), origins))
             elif isinstance(item, sorting.ProblemFile):
                 found += sorting.read_problems(self._folder, item)
             else:
@@ -239,7 +241,9 @@ class Table(Source):
         kept = [(i, numbers[m]) for i, m in enumerate(members) if m is not None and m in numbers and i not in reasons]
         chosen, classes = np.array(kept, dtype=np.int64).reshape(-1, 2).T
         if self._content:
-            rows.add_contents(classes, [contents[i] or b"" for i in chosen])
+            file = np.full(len(chosen), self._table.files.index(batch.file))
+            origins = np.column_stack([file, batch.numbers[chosen]])
+            rows.add_contents(classes, [contents[i] or b"" for i in chosen], origins)
         else:
             rows.add_vectors(classes, vectors[chosen])
         rows.add_problems([*batch.problems, *self._named(batch, reasons)])
@@ -340,6 +344,7 @@ class _Sent(NamedTuple):
 
     rows: sorting.RowRange
     get: Callable[[], Any]  # what `_rows_of` gives of them
+    origins: list[list[int]]  # of pictures: what `read_origins` gives of them
 
 
 def _rows_of(folder: Path | None, rows: sorting.RowRange) -> Any:
@@ -349,7 +354,7 @@ def _rows_of(folder: Path | None, rows: sorting.RowRange) -> Any:
 
 
 def _read(
-    folder: Path | None, modality: Modality, preprocessing: Any, items: Sequence[Any]
+    folder: Path | None, modality: Modality, preprocessing: Any, items: Sequence[Any], files: Sequence[str]
 ) -> tuple[Examples, list[Problem]]:
     problems: list[Problem] = []
     vectors: list[np.ndarray] = []
@@ -365,12 +370,14 @@ def _read(
         elif modality == "text":
             texts += [text.decode() for text in content]
         else:
-            for number, file in enumerate(content, start=rows.start):
+            assert folder is not None
+            origins = item.origins if isinstance(item, _Sent) else sorting.read_origins(folder, rows)
+            for (number, row), picture in zip(origins, content, strict=True):
+                name = f"{files[number]}: row {row}"
                 try:
-                    picture = decode_picture(io.BytesIO(file), name=f"picture {number}")
-                    vectors.append(preprocessing(picture)[None])
+                    vectors.append(preprocessing(decode_picture(io.BytesIO(picture), name=name))[None])
                 except DataError as error:
-                    problems.append(Problem(f"picture {number}", str(error)))
+                    problems.append(Problem(name, str(error).removeprefix(f"{name}: ")))
     if modality == "text":
         return texts, problems
     return (np.concatenate(vectors) if vectors else np.zeros((0, 1), np.float32)), problems
