@@ -448,6 +448,27 @@ def test_a_range_that_pandas_does_not_write_and_notes_of_others_leave_nothing_ou
         assert "remarks" not in manifest.source
 
 
+def test_decimal_commas_are_numbers_if_asked_for_and_never_categories(tmp_path: Path) -> None:
+    written = ["1,5", "-2", "", "+3,25", ",5", "4,", "1,5e3", " 7,0 "]
+    file = tmp_path / "t.csv"
+    file.write_text("label;länge\n" + "".join(f"{'ab'[i % 2]};{x}\n" for i, x in enumerate(written)), encoding="utf-8")
+    manifest, examples = prepared("csv", file, tmp_path / "out", delimiter=";", decimal=",")
+    assert manifest.columns[0].kind == "numeric"
+    assert manifest.source["decimal"] == ","
+    np.testing.assert_array_equal(examples["a"].ravel(), np.float32([1.5, np.nan, 0.5, 1500]))
+    np.testing.assert_array_equal(examples["b"].ravel(), np.float32([-2, 3.25, 4, 7]))
+    for asked in ({}, {"numeric": ["länge"]}):
+        with pytest.raises(DataError, match=r"t\.csv: column 'länge': 6 of its values.*commas.*--decimal ,.*--categ"):
+            prepared("csv", file, tmp_path / "no", delimiter=";", **asked)
+    manifest, _ = prepared("csv", file, tmp_path / "codes", delimiter=";", categorical=["länge"])
+    assert len(manifest.columns[0].categories) == 7
+    with pytest.raises(ConfigError, match=r"there are: label;länge\. If a semicolon .* say --delimiter ';'"):
+        prepared("csv", file, tmp_path / "no")
+    rows = [["label", "x"], *[["ab"[i % 2], f"{i}.5"] for i in range(9)]]
+    with pytest.raises(DataError, match=r"decimal points\. Read them with --decimal \."):
+        prepared("csv", write_csv(file, rows), tmp_path / "no", decimal=",")
+
+
 def test_items_of_pictures_are_bounded_by_what_they_decode_to(tmp_path: Path) -> None:
     pq.write_table(pa.table({"image": [picture(1)] * 10, "label": ["a"] * 10}), tmp_path / "t.parquet")
     source = read_options("parquet", {"directory": tmp_path / "t.parquet", "image": "image", "size": 100}).open(seed=0)

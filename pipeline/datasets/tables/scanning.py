@@ -28,6 +28,10 @@ MISSING = [
     "None",
 ]  # of features; a class may be so named
 NUMBER = r"^[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?$"
+FRACTION = {  # by the decimal sign: a number with the other one
+    ".": r"^[+-]?(\d+,\d*|,\d+)([eE][+-]?\d+)?$",
+    ",": r"^[+-]?(\d+\.\d*|\.\d+)([eE][+-]?\d+)?$",
+}
 MAX_CATEGORIES = 1000  # of a column; with more it is no categorical one
 LONGEST_CATEGORY = 1000  # characters
 CONVERT = (
@@ -157,7 +161,8 @@ class Numbers(NamedTuple):
     odd: np.ndarray  # bool [rows]: neither missing nor a number that float32 holds
 
 
-def numbers_of(array: pa.Array) -> Numbers:
+def numbers_of(array: pa.Array, decimal: str = ".") -> Numbers:
+    """decimal: the sign before the fraction of numbers that are written as texts, a point or a comma."""
     if pa.types.is_boolean(array.type) or pa.types.is_integer(array.type) or pa.types.is_floating(array.type):
         values = pc.cast(array, pa.float64(), safe=False).to_numpy(zero_copy_only=False)
         odd = np.abs(values) > LARGEST
@@ -166,6 +171,8 @@ def numbers_of(array: pa.Array) -> Numbers:
         odd = np.abs(values) > LARGEST
     else:
         text = stripped(array)
+        if decimal == ",":  # what has a point is no number then
+            text = pc.replace_substring(pc.replace_substring(text, ".", "\0"), ",", ".")
         number = pc.match_substring_regex(text, NUMBER)
         values = pc.cast(pc.if_else(number, text, None), pa.float64()).to_numpy(zero_copy_only=False)
         missing = pc.or_(pc.is_null(text), pc.is_in(text, pa.array(MISSING))).to_numpy(zero_copy_only=False)
@@ -211,8 +218,10 @@ class ColumnScan:
 
     name: str
     asked: Kind | None = None  # as the user says
+    decimal: str = "."
     numbers: int = 0
     odd: int = 0  # values that are no numbers
+    fractions: int = 0  # of them, those that are with the other decimal sign
     missing: int = 0
     undecodable: int = 0  # values that are not UTF-8
     longest: int = 0  # characters of a text
@@ -228,7 +237,10 @@ class ColumnScan:
         texts = is_textual(array.type)
         if not (texts or is_numeric(array.type)):
             raise self._no_feature(array.type)
-        found = numbers_of(array)
+        found = numbers_of(array, self.decimal)
+        if texts and found.odd.any():
+            fractions = pc.match_substring_regex(stripped(array), FRACTION[self.decimal])
+            self.fractions += pc.sum(fractions, min_count=0).as_py()
         there = int((~np.isnan(found.values)).sum())
         self.numbers += there
         self.odd += int(found.odd.sum())
@@ -257,14 +269,29 @@ class ColumnScan:
             f"column {self.name!r}: of type {kind}, which is no feature. Leave it out (--leave-out {self.name})."
         )
 
+    def _check_fractions(self) -> None:
+        """Raises DataError: numbers with the other decimal sign, which would become categories."""
+        if self.asked == "categorical" or not self.fractions:
+            return
+        if self.numbers <= MOSTLY * (self.numbers + self.odd) < self.numbers + self.fractions:
+            written, other = ("commas", ",") if self.decimal == "." else ("points", ".")
+            raise DataError(
+                f"column {self.name!r}: {self.fractions} of its values are numbers with decimal {written}. Read them with "
+                f"--decimal {other}, or, if they are categories, say --categorical {self.name}."
+            )
+
     def columns(self) -> list[Column]:
-        """What becomes of it in a vector. Raises DataError: too many different texts, or empty lists alone."""
+        """What becomes of it in a vector.
+
+        Raises DataError: too many different texts, empty lists alone, or numbers with the other decimal sign.
+        """
         if self.lists and self.width is None:
             raise DataError(f"column {self.name!r}: its lists are all empty. Leave it out (--leave-out {self.name}).")
         if self.width is not None:
             return [Column(name=f"{self.name}[{i}]", missing=self.missing > 0) for i in range(self.width)]
         if self.undecodable > len(self.values):  # in another encoding, and not a few broken ones
             raise DataError(f"column {self.name!r}: {self.undecodable} of its values are not UTF-8. {CONVERT}")
+        self._check_fractions()
         numeric = self.asked == "numeric" or not self.values
         if self.asked is None and self.values:
             numeric = self.numbers > MOSTLY * (self.numbers + self.odd)

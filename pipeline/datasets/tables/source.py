@@ -11,6 +11,7 @@ import hashlib
 import io
 import itertools
 import json
+import shlex
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
@@ -33,6 +34,7 @@ from pipeline.errors import ConfigError, DataError
 from pipeline.types import Split
 
 MAX_TEXT_BYTES = 1 << 20  # of an example; more is no sentence
+DELIMITERS = {";": "a semicolon", "\t": "a tab", "|": "a bar", ",": "a comma"}
 HALF = 0.5  # of the rows; with more classes than that the label is none
 
 
@@ -48,6 +50,9 @@ class TableOptions(FolderOptions):
     leave_out: list[str] | None = Field(None, description="Columns that are not used.")
     numeric: list[str] | None = Field(None, description="Columns that are numbers, whatever they look like.")
     categorical: list[str] | None = Field(None, description="Columns that are categories, even if written as numbers.")
+    decimal: Literal[".", ","] | None = Field(
+        None, description="Sign before the fraction of numbers that are texts, as all are in CSV (default: a point)."
+    )
     kind: Literal["drawing", "photo"] = Field("photo", description="Of pictures. drawing: grey, ink high. photo: RGB.")
     size: int = Field(84, ge=8, le=1024, description="Of pictures: height and width in pixels.")
 
@@ -175,7 +180,10 @@ class Table(Source):
         asked = dict.fromkeys(options.numeric or (), "numeric") | dict.fromkeys(
             options.categorical or (), "categorical"
         )
-        scans = {name: ColumnScan(name, asked.get(name)) for name in self._features}  # type: ignore[arg-type]
+        scans = {
+            name: ColumnScan(name, asked.get(name), options.decimal or ".")  # type: ignore[arg-type]
+            for name in self._features
+        }
         rows = 0
         first: list[Problem] = []  # of the first batch that has some
         types: dict[str, tuple[Path, pa.DataType]] = {}
@@ -318,7 +326,7 @@ class Table(Source):
                 values = np.array([codes.get(c, np.nan) if c else np.nan for c in scanning.categories_of(array)])
                 found, what = scanning.Numbers(values, scanning.undecodable(array)), f"column {name!r} is not UTF-8"
             else:
-                found = scanning.numbers_of(array)
+                found = scanning.numbers_of(array, scan.decimal)
                 what = f"column {name!r} holds no finite number"
             reasons |= {int(i): what for i in np.flatnonzero(found.odd) if int(i) not in reasons}
             parts.append(found.values.reshape(len(array), len(columns)))
@@ -390,6 +398,16 @@ def _version(files: Sequence[Path]) -> str:
     return hashlib.sha256(json.dumps(described).encode()).hexdigest()
 
 
+def _delimiter_hint(options: TableOptions, names: Sequence[str]) -> str:
+    """What to try where the only column's name looks like a whole header."""
+    signs = [sign for sign in DELIMITERS if len(names) == 1 and sign in names[0]]
+    if not isinstance(options, CsvOptions) or not signs:
+        return ""
+    most = max(signs, key=names[0].count)
+    given = "tab" if most == "\t" else shlex.quote(most)
+    return f" If {DELIMITERS[most]} stands between the cells, say --delimiter {given}."
+
+
 def _listed(names: Sequence[str], what: str) -> str:
     """ "column 'a' is", "columns 'a', 'b' are"."""
     shown = ", ".join(map(repr, names[:10])) + (", …" if len(names) > 10 else "")
@@ -408,7 +426,8 @@ def _features(options: TableOptions, names: list[str], index_columns: list[str])
             continue
         if name not in names:
             known = ", ".join(names[:20]) + (", …" if len(names) > 20 else "")
-            raise ConfigError(f"{flag} {name}: there is no such column; there are: {known}.")
+            hint = _delimiter_hint(options, names)
+            raise ConfigError(f"{flag} {name}: there is no such column; there are: {known}.{hint}")
         role = "--features" if flag in ("--numeric", "--categorical") else flag
         if roles.setdefault(name, role) != role:
             raise ConfigError(f"{flag} {name}: this column is {roles[name]} already. Give it one role.")
