@@ -3,6 +3,8 @@
 SOURCE/CLASS/*.png            one group, "all"
 SOURCE/GROUP/CLASS/*.jpg      groups are kept whole by the split `group`
 
+A folder with class folders in it is a group: pictures beside these are in no class.
+
 What cannot be used (broken files, empty folders, links in a circle, names that are none) is counted and left out.
 """
 
@@ -42,6 +44,7 @@ from pipeline.types import Split
 ENCODED = ("PNG", "JPEG", "MPO", "WEBP")  # kept as they are where pictures stay encoded; others become PNG
 MAX_ENCODED_BYTES = 32 << 20
 OTHER_SUFFIXES = (".heic", ".heif", ".avif", ".jxl", ".jp2", ".svg", ".psd", ".cr2", ".nef", ".dng", ".eps", ".ppm")
+SIGNATURES = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"II*\0", b"MM\0*")  # how files begin that are pictures all the same
 LOOKED_AT = 20  # pictures of each class whose size and mode are counted
 
 
@@ -79,6 +82,7 @@ class ImageFolder(Source):
         self._classes, self._problems = find_classes(Path(source))
         if not any(map(pictures_in, self._classes.values())):
             raise DataError(_no_pictures(Path(source)))
+        self._problems += _astray(Path(source))
 
     def classes(self) -> Iterator[RawClass]:
         problems = self._problems
@@ -163,8 +167,11 @@ def find_classes(source: Path) -> tuple[dict[str, Path], list[Problem]]:
         groups = _folders_in(first, problems)
         if groups is None:
             continue
-        if pictures_in(first) or not groups:
+        is_group = any(map(_holds_pictures, groups))
+        if not groups or (pictures_in(first) and not is_group):
             found[first.name] = first
+        if is_group:
+            problems += _astray(first)
         for second in groups:
             below = _folders_in(second, problems)
             if below is not None:
@@ -220,10 +227,44 @@ def _items(name: str, folder: Path) -> Iterator[Path | Problem]:
     pictures = pictures_in(folder)
     yield from pictures
     for path in sorted(folder.iterdir()):
-        if path.suffix.lower() in OTHER_SUFFIXES:
+        suffix = path.suffix.lower()
+        if suffix in OTHER_SUFFIXES:
             yield Problem(str(path), f"{path.suffix} is not read; convert it ({', '.join(IMAGE_SUFFIXES)} are)")
+        elif suffix not in IMAGE_SUFFIXES and not path.name.startswith(".") and _begins_like_a_picture(path):
+            yield Problem(
+                str(path), "a picture by its content, and by its name none that is read; rename it (.jpg, .png, …)"
+            )
     if not pictures:
         yield Problem(str(folder), f"class {name} holds no picture ({', '.join(IMAGE_SUFFIXES)})")
+
+
+def _astray(folder: Path) -> list[Problem]:
+    """Pictures that lie beside the folders of classes, all in one Problem: there may be any number of them."""
+    files = pictures_in(folder)
+    if not files:
+        return []
+    which = f"{files[0].name} is" if len(files) == 1 else f"{len(files)} pictures ({files[0].name}, …) are"
+    reason = f"{which} beside folders of classes and in none of them (left out); move them into one, or remove them"
+    return [Problem(str(folder), reason)]
+
+
+def _holds_pictures(folder: Path) -> bool:
+    try:
+        return bool(pictures_in(folder))
+    except OSError:  # told where it is listed
+        return False
+
+
+def _begins_like_a_picture(path: Path) -> bool:
+    """Whether a file holds PNG, JPEG, WebP, GIF or TIFF whatever its name says."""
+    try:
+        if not stat.S_ISREG(path.stat().st_mode):
+            return False
+        with path.open("rb") as file:
+            start = file.read(12)
+    except OSError:
+        return False
+    return start.startswith(SIGNATURES) or (start.startswith(b"RIFF") and start.endswith(b"WEBP"))
 
 
 def _folders_in(folder: Path, problems: list[Problem]) -> list[Path] | None:

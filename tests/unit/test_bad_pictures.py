@@ -108,6 +108,27 @@ def test_everything_bad_is_counted_and_left_out(bad: Path, tmp_path: Path) -> No
     assert [each["class"] for each in manifest.source["left_out"]["first"]] == ["nothing"]
 
 
+def test_pictures_beside_class_folders_and_under_other_names_are_told_of(tmp_path: Path) -> None:
+    root = folders(tmp_path / "mine", *(f"g{i}/k{j}" for i in range(4) for j in range(2)))
+    whole = prepared(root, tmp_path / "whole")
+    for name in ("g1/cover.jpg", "g2/one.png", "g2/two.png", "top.png", "g3/k0/a.jfif", "g3/k0/photo", "g3/k1/b.jpg_"):
+        picture(5).save(root / name, "PNG" if name.endswith(".png") else "JPEG")
+    (root / "g3" / "k0" / "notes").write_text("no picture")
+    (root / "g3" / "k0" / ".hidden").write_bytes((root / "top.png").read_bytes())
+    manifest = prepared(root, tmp_path / "out")
+    assert manifest.digest == whole.digest
+    assert len({entry.group for entry in manifest.classes}) == 4
+    found = reasons(manifest)
+    assert found["g1"].startswith("cover.jpg is beside folders of classes and in none of them")
+    assert found["g2"].startswith("2 pictures (one.png, …) are beside folders of classes")
+    assert found["mine"].startswith("top.png is beside")
+    for name in ("a.jfif", "photo", "b.jpg_"):
+        assert "a picture by its content" in found[name]
+    assert manifest.source["problems"]["count"] == len(found) == 6
+    with pytest.raises(DataError, match=r"cover\.jpg is beside folders of classes"):
+        prepared(root, tmp_path / "strict", strict=True)
+
+
 def test_strict_refuses_and_writes_nothing(bad: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"loop: a link that leads nowhere.*and \d+ more.*--strict"):
         prepared(bad, tmp_path / "out", strict=True)
