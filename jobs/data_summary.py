@@ -10,6 +10,8 @@ from rich.table import Table
 
 from jobs import console
 
+LEAST = 2  # examples of a class that an episode can be drawn from
+
 if TYPE_CHECKING:
     from pipeline.datasets.survey import Survey
     from pipeline.tasks.shards import Manifest
@@ -30,6 +32,7 @@ def summary(folder: str, manifest: Manifest, *, found: Survey | None = None) -> 
         "classes": len(manifest.classes),
         "groups": len({entry.group for entry in manifest.classes}),
         "examples": manifest.num_examples,
+        "least_examples_of_a_class": min(entry.count for entry in manifest.classes),
         "shards": len(manifest.shards),
         "classes_by_split": counts(manifest),
         "near_duplicates": {split: alike["pairs"] for split, alike in look_alikes(manifest, found).items()},
@@ -87,10 +90,23 @@ def show(folder: str, manifest: Manifest, *, reused: bool = False, found: Survey
         for first, part, second, other, similarity in pairs["closest"][:3]:
             _line(f"  {split}: {first} ({part}) looks like {second} ({other}), similarity {similarity:.2f}")
     _show_problems(manifest)
+    _show_small_classes(manifest)
     if found is not None:
         from pipeline.datasets.card import CARD
 
         _line(f"data card: {location_of(folder, CARD)}")
+
+
+def _show_small_classes(manifest: Manifest) -> None:
+    """No episode can be drawn from a class of one example, so no training takes the part that it is in."""
+    names = [entry.name for entry in manifest.classes if entry.count < LEAST]
+    if names:
+        which = "1 class has" if len(names) == 1 else f"{len(names)} classes have"
+        shown = ", ".join(names[:5] + ["…"] * (len(names) > 5))
+        _line(
+            f"{which} a single example, and an episode needs one to learn from and one to be tested on: {shown}. Leave "
+            "such classes out with --min-examples (k_shot plus eval_n_query, or more)."
+        )
 
 
 def _show_problems(manifest: Manifest) -> None:

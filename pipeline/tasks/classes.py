@@ -111,11 +111,14 @@ class ClassTasksConfig(Section):
             )
         smallest = min(members, key=lambda entry: entry.count)
         if smallest.count < k_shot + n_query:
+            command = "prepare" if manifest.layout is None else "adopt"
             shots = "k_shot" if in_training or self.eval_k_shot is None else "eval_k_shot"
             queries = "n_query" if in_training else "eval_n_query"
+            least = max((1 if self.varies(part) else k) + q for part in self.parts for _, k, q in [self.episode(part)])
             raise DataError(
                 f"{self.data}: class {smallest.name} ({split}) has {smallest.count} examples, too few for "
-                f"task.{shots}={k_shot} plus task.{queries}={n_query}. Lower them, or leave the class out."
+                f"task.{shots}={k_shot} plus task.{queries}={n_query}. Lower them, or leave such classes out: `metapipe data "
+                f"{command} … --min-examples {least} --overwrite`."
             )
 
     @property

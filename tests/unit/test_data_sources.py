@@ -13,9 +13,11 @@ from typer.testing import CliRunner
 
 from jobs import data
 from pipeline import experiment
+from pipeline.config import validate
 from pipeline.datasets import sources
 from pipeline.errors import ConfigError, DataError
 from pipeline.tasks import regression
+from pipeline.tasks.images import ImagesConfig
 
 
 def picture_folders(root: Path, classes: int = 3, count: int = 4) -> Path:
@@ -118,6 +120,24 @@ def test_the_command_counts_what_it_left_out_and_writes_the_card(tmp_path: Path)
     assert {path.name for path in (tmp_path / "bare").iterdir()} == {"dataset.json", "shards"}
     again = CliRunner().invoke(data.app, ["card", str(tmp_path / "bare"), "--json"])
     assert json.loads(again.stdout)["leaks"]["random"].keys() == {"identical", "near"}
+
+
+def test_classes_that_are_too_small_are_told_with_the_option_that_leaves_them_out(tmp_path: Path) -> None:
+    folder = picture_folders(tmp_path / "mine", classes=20)
+    for file in sorted((folder / "kind3").iterdir())[1:]:
+        file.unlink()
+    of_class = len(list((folder / "kind1").iterdir()))
+    arguments = ("images", folder, "--out", tmp_path / "out", "--workers", 1, "--no-card", "--shares", "10,5,5")
+    answer = run(*arguments)
+    assert "1 class has a single example" in answer.stdout
+    assert "on: kind3. Leave such classes out with --min-examples" in answer.stdout
+    content = {"family": "images", "data": str(tmp_path / "out"), "split": "random", "n_way": 2, "n_query": 1}
+    config = validate(ImagesConfig, {**content, "eval_n_query": of_class - 1}, source="test")
+    with pytest.raises(DataError, match=rf"class kind3 .*`metapipe data prepare … --min-examples {of_class} --over"):
+        config.verify()
+    answer = run(*arguments, "--min-examples", of_class, "--overwrite")
+    assert "single example" not in answer.stdout
+    config.verify()
 
 
 @pytest.mark.parametrize("shares", ["60,20", "a,b,c", "0,0,0", "-1,1,1", "60;20;20"])
