@@ -26,6 +26,8 @@ BUFFER_BYTES = 1 << 20  # of each column of a Parquet file
 SNIFFED = 4096  # bytes of a CSV file that tell whether it is text
 CSV_SUFFIXES = (".csv", ".tsv", ".txt", ".csv.gz", ".tsv.gz", ".csv.bz2", ".csv.zst")
 PARQUET_SUFFIXES = (".parquet", ".pq")
+BLANK = re.compile(rb"\A[\r\n]|\n[\r\n]|\r\r")  # a line, or two in a quoted cell
+LINE_END = re.compile(rb"\r\n|\r|\n")
 INDEX = re.compile(r"Unnamed: 0(\.\d+)*|__index_level_\d+__")
 
 
@@ -49,7 +51,8 @@ class CsvFiles:
         self._header = header
         self._delimiter = delimiter
         self._cut = csv_blocks.Cut.by(delimiter)
-        self.names = self._names(next(self._blocks(self.files[0]), b""), self.files[0])
+        first = next((block for _, block in self._blocks(self.files[0]) if block), b"")
+        self.names = self._names(first, self.files[0])
         self.index_columns = [name for name in self.names if _is_index(name)]
 
     def batches(self, columns: list[str]) -> Iterator[Batch]:
@@ -57,35 +60,56 @@ class CsvFiles:
         for file in self.files:
             names: list[str] = []
             ahead = 1
-            for block in self._blocks(file):
-                if not names:
+            for blanks, block in self._blocks(file):
+                ahead += blanks
+                if not names and block:
                     names = self._names(block, file)
                     _check_names(file, names, self.names)
                     if self._header:
-                        block, ahead = block[len(self._first_row(block)) :], 2
+                        block, ahead = block[len(self._first_row(block)) :], ahead + 1
+                if not block:
+                    continue
                 skipped: list[Any] = []
                 table = self._parsed(block, file, names, skipped, ahead).select(columns)
-                numbers = np.arange(ahead, ahead + len(table) + len(skipped))
+                places, rows = self._places(block, len(table) + len(skipped))
                 problems = []
                 for row in skipped:
                     reason = f"has {row.actual_columns} cells and not {row.expected_columns}"
-                    problems.append(Problem(f"{file.name}: row {ahead + row.number - 1}", reason))
-                left = np.delete(numbers, [row.number - 1 for row in skipped])
-                yield Batch(file, left, table, problems)
-                ahead += len(numbers)
+                    problems.append(Problem(f"{file.name}: row {ahead + places[row.number - 1]}", reason))
+                left = np.delete(places, [row.number - 1 for row in skipped])
+                yield Batch(file, ahead + left, table, problems)
+                ahead += rows
 
-    def _blocks(self, file: Path) -> Iterator[bytes]:
-        """The file's rows as bytes, without blank lines at the start of a block."""
+    def _blocks(self, file: Path) -> Iterator[tuple[int, bytes]]:
+        """The file's rows as bytes, without blank lines at the start of a block, and how many these are."""
+        split = False  # whether \r\n may lie half in the block before
         try:
             with pa.input_stream(str(file)) as stream:  # a compressed file by its name
                 for number, block in enumerate(csv_blocks.blocks(stream, self._cut)):
                     start = block[:SNIFFED]
                     if number == 0 and (b"\0" in start or start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))):
                         raise DataError(f"{file}: its first row is not UTF-8 but UTF-16, or no text at all. {CONVERT}")
-                    if block := block.lstrip(b"\r\n"):
-                        yield block
+                    rest = block.lstrip(b"\r\n")
+                    blank = block[: len(block) - len(rest)]
+                    yield len(LINE_END.findall(blank)) - (split and blank.startswith(b"\n")), rest
+                    split = block.endswith(b"\r")
         except (pa.ArrowException, OSError, ValueError) as error:
             raise DataError(f"{file}: not a table that can be read ({_short(error)}).") from error
+
+    def _places(self, block: bytes, count: int) -> tuple[np.ndarray, int]:
+        """Which rows of a block the `count` ones are that are not blank, from 0 on, int64 [count]; how many there are."""
+        if BLANK.search(block):
+            places: list[int] = []
+            rows = at = 0
+            while at < len(block):
+                found = self._cut.row.match(block, at)
+                assert found is not None, "it matches anything"
+                if found.group().strip(b"\r\n"):
+                    places.append(rows)
+                rows, at = rows + 1, found.end()
+            if len(places) == count:  # else Arrow takes quotation marks in other places for some
+                return np.array(places, dtype=np.int64), rows
+        return np.arange(count), count
 
     def _first_row(self, block: bytes) -> bytes:
         found = self._cut.row.match(block)
@@ -128,7 +152,9 @@ class CsvFiles:
                     autogenerate_column_names=names is None,
                 ),
                 parse_options=pa_csv.ParseOptions(
-                    delimiter=self._delimiter, newlines_in_values=True, invalid_row_handler=skip
+                    delimiter=self._delimiter,
+                    newlines_in_values=True,
+                    invalid_row_handler=skip,
                 ),
                 convert_options=pa_csv.ConvertOptions(
                     check_utf8=False,
