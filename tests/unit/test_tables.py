@@ -469,6 +469,24 @@ def test_decimal_commas_are_numbers_if_asked_for_and_never_categories(tmp_path: 
         prepared("csv", write_csv(file, rows), tmp_path / "no", decimal=",")
 
 
+def test_files_lie_in_folders_below_if_none_lies_in_the_one_given(tmp_path: Path) -> None:
+    """As a hub lays them; a file that lies there already is not joined by others."""
+    for number, part in enumerate(("train", "test", ".cache")):
+        (tmp_path / "hub" / "data" / part).mkdir(parents=True)
+        rows = pa.table({"label": ["a", "b", None], "x": [number, number, 9]})
+        pq.write_table(rows, tmp_path / "hub" / "data" / part / "0.parquet")
+    manifest, examples = prepared("parquet", tmp_path / "hub", tmp_path / "out")
+    assert examples["a"].ravel().tolist() == [1, 0]
+    assert [item for item, _ in manifest.source["problems"]["first"]] == [
+        "data/test/0.parquet: row 3",
+        "data/train/0.parquet: row 3",
+    ]
+    pq.write_table(pa.table({"label": ["a"], "x": [7]}), tmp_path / "hub" / "top.parquet")
+    assert prepared("parquet", tmp_path / "hub", tmp_path / "top")[1]["a"].ravel().tolist() == [7]
+    with pytest.raises(DataError, match=r"hub: holds no file named \*\.csv.*nor do the folders in it"):
+        prepared("csv", tmp_path / "hub", tmp_path / "none")
+
+
 def test_items_of_pictures_are_bounded_by_what_they_decode_to(tmp_path: Path) -> None:
     pq.write_table(pa.table({"image": [picture(1)] * 10, "label": ["a"] * 10}), tmp_path / "t.parquet")
     source = read_options("parquet", {"directory": tmp_path / "t.parquet", "image": "image", "size": 100}).open(seed=0)

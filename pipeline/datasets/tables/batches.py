@@ -43,11 +43,12 @@ class Batch(NamedTuple):
 class CsvFiles:
     """CSV files with the same columns.
 
-    index_columns: those that number the rows, as pandas writes them. Raises DataError: no such file, or its first row is none.
+    shown: what problems call each file. index_columns: those that number the rows, as pandas writes them. Raises DataError: no such file, or its first row is none.
     """
 
     def __init__(self, place: Path, *, delimiter: str = ",", header: bool = True) -> None:
         self.files = files_at(place, CSV_SUFFIXES)
+        self.shown = _shown(place, self.files)
         self._header = header
         self._delimiter = delimiter
         self._cut = csv_blocks.Cut.by(delimiter)
@@ -75,7 +76,7 @@ class CsvFiles:
                 problems = []
                 for row in skipped:
                     reason = f"has {row.actual_columns} cells and not {row.expected_columns}"
-                    problems.append(Problem(f"{file.name}: row {ahead + places[row.number - 1]}", reason))
+                    problems.append(Problem(f"{self.shown[file]}: row {ahead + places[row.number - 1]}", reason))
                 left = np.delete(places, [row.number - 1 for row in skipped])
                 yield Batch(file, ahead + left, table, problems)
                 ahead += rows
@@ -174,11 +175,12 @@ class CsvFiles:
 class ParquetFiles:
     """Parquet files with the same columns.
 
-    index_columns: those that number the rows, as pandas writes them. Raises DataError: no such file, or not Parquet.
+    shown: what problems call each file. index_columns: those that number the rows, as pandas writes them. Raises DataError: no such file, or not Parquet.
     """
 
     def __init__(self, place: Path) -> None:
         self.files = files_at(place, PARQUET_SUFFIXES)
+        self.shown = _shown(place, self.files)
         schema = self._open(self.files[0]).schema_arrow
         self.names = _unique(self.files[0], schema.names)
         declared = _declared_index(schema)
@@ -257,15 +259,26 @@ def _is_of(path: str, columns: list[str]) -> bool:
 
 
 def files_at(place: Path, suffixes: tuple[str, ...]) -> list[Path]:
-    """A file, or those with one of the suffixes in a folder, by name. Raises DataError."""
+    """A file, or those with one of the suffixes in a folder, by name; if it has none, in folders below. Raises DataError."""
     if place.is_file():
         return [place]
     if not place.is_dir():
         raise DataError(f"{place}: no such file or folder.")
-    files = sorted(p for p in place.iterdir() if p.name.lower().endswith(suffixes) and not p.name.startswith("."))
+    files = sorted(p for p in place.iterdir() if _is_table(p.relative_to(place), suffixes))
+    if not files:  # a hub has them in data/, Spark and others in folders of their own
+        files = sorted(p for p in place.rglob("*") if _is_table(p.relative_to(place), suffixes) and p.is_file())
     if not files:
-        raise DataError(f"{place}: holds no file named *{', *'.join(suffixes)}.")
+        raise DataError(f"{place}: holds no file named *{', *'.join(suffixes)}, nor do the folders in it.")
     return files
+
+
+def _is_table(path: Path, suffixes: tuple[str, ...]) -> bool:
+    return path.name.lower().endswith(suffixes) and not any(part.startswith(".") for part in path.parts)
+
+
+def _shown(place: Path, files: list[Path]) -> dict[Path, str]:
+    """The path of each file in the folder that was given."""
+    return {file: file.name if file == place else file.relative_to(place).as_posix() for file in files}
 
 
 def _unique(file: Path, names: list[str]) -> list[str]:

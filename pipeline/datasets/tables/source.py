@@ -108,7 +108,7 @@ class Table(Source):
     def __init__(self, options: TableOptions, table: CsvFiles | ParquetFiles) -> None:
         self._options = options
         self._table = table
-        self._files = [file.name for file in table.files]
+        self._files = [table.shown[file] for file in table.files]
         self._version = _version(table.files)  # before the first reading, so that an edit during it is told too
         self._content = options.text or options.image
         self._features = _features(options, table.names, table.index_columns)
@@ -257,7 +257,7 @@ class Table(Source):
         rows.add_problems([*batch.problems, *self._named(batch, reasons)])
 
     def _named(self, batch: Batch, reasons: Mapping[int, str]) -> list[Problem]:
-        return [Problem(f"{batch.file.name}: row {batch.numbers[i]}", reasons[i]) for i in sorted(reasons)]
+        return [Problem(f"{self._table.shown[batch.file]}: row {batch.numbers[i]}", reasons[i]) for i in sorted(reasons)]
 
     def _check_types(self, batch: Batch, types: dict[str, tuple[Path, pa.DataType]]) -> None:
         """Raises DataError: a column is of another kind than in the files before."""
