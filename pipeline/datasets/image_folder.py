@@ -44,7 +44,13 @@ from pipeline.types import Split
 ENCODED = ("PNG", "JPEG", "MPO", "WEBP")  # kept as they are where pictures stay encoded; others become PNG
 MAX_ENCODED_BYTES = 32 << 20
 OTHER_SUFFIXES = (".heic", ".heif", ".avif", ".jxl", ".jp2", ".svg", ".psd", ".cr2", ".nef", ".dng", ".eps", ".ppm")
-SIGNATURES = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"II*\0", b"MM\0*")  # how files begin that are pictures all the same
+SIGNATURES = (
+    b"\x89PNG",
+    b"\xff\xd8\xff",
+    b"GIF8",
+    b"II*\0",
+    b"MM\0*",
+)  # of PNG, JPEG, GIF, TIFF
 LOOKED_AT = 20  # pictures of each class whose size and mode are counted
 
 

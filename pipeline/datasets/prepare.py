@@ -60,8 +60,9 @@ def prepare(
 
     record: how the data was made, for the manifest. seed: of the class splits. strict: refuse what could not be read;
     else it is left out and recorded in the manifest's source, under `problems`, and classes that are left with fewer
-    than `min_examples` under `left_out`; the source's remarks under `remarks`. workers: processes that read; None: one per CPU. reader: what
-    reads; `on_ray.read_chunks` has a cluster do it. progress: told of every class, and of every chunk of a large one.
+    than `min_examples` under `left_out`; the source's remarks under `remarks`. workers: processes that read; None: one
+    per CPU. reader: what reads; `on_ray.read_chunks` has a cluster do it. progress: told of every class, and of every
+    chunk of a large one.
 
     Raises DataError (see shards.write), and with `strict` one that names the first items that could not be read.
     Unfinished: the disk is full, or a process or node was lost.

@@ -117,8 +117,8 @@ class ClassTasksConfig(Section):
             least = max((1 if self.varies(part) else k) + q for part in self.parts for _, k, q in [self.episode(part)])
             raise DataError(
                 f"{self.data}: class {smallest.name} ({split}) has {smallest.count} examples, too few for "
-                f"task.{shots}={k_shot} plus task.{queries}={n_query}. Lower them, or leave such classes out: `metapipe data "
-                f"{command} … --min-examples {least} --overwrite`."
+                f"task.{shots}={k_shot} plus task.{queries}={n_query}. Lower them, or leave such classes out: "
+                f"`metapipe data {command} … --min-examples {least} --overwrite`."
             )
 
     @property

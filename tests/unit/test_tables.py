@@ -421,7 +421,7 @@ def test_an_index_of_pandas_is_no_feature_unless_asked_for(tmp_path: Path, named
     frame.index.name = "patient" if named else None
     frame.to_parquet(tmp_path / "t.parquet")
     frame.to_csv(tmp_path / "t.csv")
-    manifest, examples = prepared("parquet", tmp_path / "t.parquet", tmp_path / "out")
+    manifest, _ = prepared("parquet", tmp_path / "t.parquet", tmp_path / "out")
     name = "patient" if named else "__index_level_0__"
     assert [column.name for column in manifest.columns] == ["x"]
     (remark,) = manifest.source["remarks"]

@@ -43,7 +43,8 @@ class Batch(NamedTuple):
 class CsvFiles:
     """CSV files with the same columns.
 
-    shown: what problems call each file. index_columns: those that number the rows, as pandas writes them. Raises DataError: no such file, or its first row is none.
+    shown: what problems call each file. index_columns: those that number the rows, as pandas
+    writes them. Raises DataError: no such file, or its first row is none.
     """
 
     def __init__(self, place: Path, *, delimiter: str = ",", header: bool = True) -> None:
@@ -98,7 +99,7 @@ class CsvFiles:
             raise DataError(f"{file}: not a table that can be read ({_short(error)}).") from error
 
     def _places(self, block: bytes, count: int) -> tuple[np.ndarray, int]:
-        """Which rows of a block the `count` ones are that are not blank, from 0 on, int64 [count]; how many there are."""
+        """Which rows of a block the `count` ones are that are not blank, int64 [count] from 0 on; how many it has."""
         if BLANK.search(block):
             places: list[int] = []
             rows = at = 0
@@ -175,7 +176,8 @@ class CsvFiles:
 class ParquetFiles:
     """Parquet files with the same columns.
 
-    shown: what problems call each file. index_columns: those that number the rows, as pandas writes them. Raises DataError: no such file, or not Parquet.
+    shown: what problems call each file. index_columns: those that number the rows, as pandas
+    writes them. Raises DataError: no such file, or not Parquet.
     """
 
     def __init__(self, place: Path) -> None:
@@ -259,7 +261,7 @@ def _is_of(path: str, columns: list[str]) -> bool:
 
 
 def files_at(place: Path, suffixes: tuple[str, ...]) -> list[Path]:
-    """A file, or those with one of the suffixes in a folder, by name; if it has none, in folders below. Raises DataError."""
+    """A file, or those with one of the suffixes in a folder, by name; if it has none, those below. Raises DataError."""
     if place.is_file():
         return [place]
     if not place.is_dir():

@@ -276,8 +276,8 @@ class ColumnScan:
         if self.numbers <= MOSTLY * (self.numbers + self.odd) < self.numbers + self.fractions:
             written, other = ("commas", ",") if self.decimal == "." else ("points", ".")
             raise DataError(
-                f"column {self.name!r}: {self.fractions} of its values are numbers with decimal {written}. Read them with "
-                f"--decimal {other}, or, if they are categories, say --categorical {self.name}."
+                f"column {self.name!r}: {self.fractions} of its values are numbers with decimal {written}. Read them "
+                f"with --decimal {other}, or, if they are categories, say --categorical {self.name}."
             )
 
     def columns(self) -> list[Column]:

@@ -141,8 +141,8 @@ class Table(Source):
         if self._content or not left:
             return []
         return [
-            f"{_listed(left, 'column')} left out, as an index that numbers the rows (in a sorted table it would tell the "
-            f"class). If it is a feature, name all of them: --features {','.join(left)} …"
+            f"{_listed(left, 'column')} left out, as an index that numbers the rows: in a sorted table it would tell "
+            "the class. If it is a feature, name it and the other ones with --features."
         ]
 
     def splits(self, *, seed: int) -> dict[str, dict[str, Split]]:
@@ -257,7 +257,9 @@ class Table(Source):
         rows.add_problems([*batch.problems, *self._named(batch, reasons)])
 
     def _named(self, batch: Batch, reasons: Mapping[int, str]) -> list[Problem]:
-        return [Problem(f"{self._table.shown[batch.file]}: row {batch.numbers[i]}", reasons[i]) for i in sorted(reasons)]
+        return [
+            Problem(f"{self._table.shown[batch.file]}: row {batch.numbers[i]}", reasons[i]) for i in sorted(reasons)
+        ]
 
     def _check_types(self, batch: Batch, types: dict[str, tuple[Path, pa.DataType]]) -> None:
         """Raises DataError: a column is of another kind than in the files before."""
