@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import csv
 import difflib
+import unicodedata
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TypeVar
@@ -45,15 +46,28 @@ def read_class_lists(path: Path) -> dict[str, Split]:
 def by_lists(groups: Mapping[str, str], lists: Mapping[str, Split], *, source: str) -> dict[str, Split]:
     """Class name -> part, of the classes that are listed by themselves or by their group. groups: class name -> group.
 
-    Raises DataError: a name that is neither a class nor a group (a slip would move the class to nowhere).
+    Names may be in another Unicode form than there, as those of files on macOS are.
+
+    Raises DataError: a name that is neither a class nor a group (a slip would move the class to nowhere), or that may
+    be one of two; or a class in two parts.
     """
     known = groups.keys() | set(groups.values())
-    for name in lists:
-        if name not in known:
+    forms: dict[str, list[str]] = {}
+    for name in sorted(known):
+        forms.setdefault(unicodedata.normalize("NFC", name), []).append(name)
+    listed: dict[str, Split] = {}
+    for name, part in lists.items():
+        found = [name] if name in known else forms.get(unicodedata.normalize("NFC", name), [])
+        if not found:
             near = difflib.get_close_matches(name, known, n=1)
             hint = f"did you mean {near[0]}?" if near else "there is neither a class nor a group of this name"
             raise DataError(f"{source}: {name}: not in the raw data ({hint}).")
-    parts = {name: lists.get(name, lists.get(group)) for name, group in groups.items()}
+        if len(found) > 1:
+            codes = " and ".join(map(ascii, found))
+            raise DataError(f"{source}: {name}: may be {codes} of the raw data. Write it in one of these forms.")
+        if listed.setdefault(found[0], part) != part:
+            raise DataError(f"{source}: {name} is in {listed[found[0]]} already. A class belongs to one part.")
+    parts = {name: listed.get(name, listed.get(group)) for name, group in groups.items()}
     return {name: part for name, part in parts.items() if part is not None}
 
 
@@ -95,7 +109,7 @@ def _lines(path: Path) -> list[str]:
     try:
         if path.stat().st_size > MAX_BYTES:
             raise DataError(f"{path}: is larger than {MAX_BYTES >> 20} MiB, so it is no list of classes.")
-        return path.read_text(encoding="utf-8-sig").splitlines()
+        return path.read_text(encoding="utf-8-sig").split("\n")  # a name may hold what splitlines takes for a line's end
     except FileNotFoundError:
         raise DataError(f"{path}: no such file or folder of class lists.") from None
     except (OSError, UnicodeDecodeError) as error:

@@ -1,5 +1,6 @@
 """Class splits that the user gives: lists, shares, everything in meta_test."""
 
+import unicodedata
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -112,6 +113,31 @@ def test_places_that_hold_no_lists(tmp_path: Path) -> None:
         read_class_lists(tmp_path)
     with pytest.raises(DataError, match=r"lists: birds/own: not in the raw data \(did you mean birds/owl\?\)"):
         by_lists(BIRDS, {"birds/own": "meta_test"}, source="lists")
+
+
+def test_names_are_found_in_another_unicode_form_if_one_alone_is_meant(tmp_path: Path) -> None:
+    composed, decomposed = (unicodedata.normalize(form, "café") for form in ("NFC", "NFD"))
+    both = "e\u0301\u0323", "e\u0323\u0301"  # the same letter, neither in a normal form
+    for here, there in ((composed, decomposed), (decomposed, composed)):
+        lists = read_class_lists(written(tmp_path / "lists.csv", f"{here},train\nb,test\n"))
+        assert by_lists({there: "all", "b": "all"}, lists, source="") == {there: "meta_train", "b": "meta_test"}
+        assert by_lists({"x": there, "b": "all"}, lists, source="") == {"x": "meta_train", "b": "meta_test"}
+    exact = by_lists({composed: "all", decomposed: "all"}, {composed: "meta_val"}, source="")
+    assert exact == {composed: "meta_val"}
+    letter = unicodedata.normalize("NFC", both[0])
+    with pytest.raises(DataError, match=r"lists: .* may be 'e\\u0301\\u0323' and 'e\\u0323\\u0301' of the raw data"):
+        by_lists(dict.fromkeys(both, "all"), {letter: "meta_val"}, source="lists")
+    with pytest.raises(DataError, match=r"lists: .* is in meta_val already"):
+        by_lists({composed: "all"}, {composed: "meta_val", decomposed: "meta_test"}, source="lists")
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+def test_a_line_of_a_list_ends_where_a_file_has_its_lines_end(end: str, tmp_path: Path) -> None:
+    names = ["a\u2028b", "c\x85d", "e\x0cf", "g"]
+    (tmp_path / "train.txt").write_bytes(end.join(names).encode())
+    assert list(read_class_lists(tmp_path)) == names
+    (tmp_path / "lists.csv").write_bytes(end.join(f"{name},test" for name in names).encode())
+    assert list(read_class_lists(tmp_path / "lists.csv")) == names
 
 
 def test_unlisted_classes_are_left_out_and_told_of(tmp_path: Path) -> None:
