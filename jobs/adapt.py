@@ -132,7 +132,7 @@ def _is_text(file: Path) -> bool:
 
 def _table(title: str, kind: str, names: list[str], labels: list[Any], probabilities: np.ndarray) -> Table:
     """Each query's label and probabilities: a column per class, or of many classes the most probable ones."""
-    words = [escape(str(label)) for label in labels]  # a folder's name may look like markup
+    words = [escape(console.harmless(str(label))) for label in labels]  # a folder's name may look like markup
     many = len(labels) > MOST_COLUMNS
     columns = [f"{place}." for place in range(2, BEST + 1)] if many else words
     table = Table(kind, "label", *(["probability"] if many else []), *columns, title=escape(title))
@@ -141,7 +141,7 @@ def _table(title: str, kind: str, names: list[str], labels: list[Any], probabili
         cells = [f"{p:.3f}" for p in row]
         if many:
             cells = [cells[first], *(f"{words[other]} {cells[other]}" for other in others)]
-        table.add_row(escape(name), f"[bold]{words[first]}[/]", *cells)
+        table.add_row(escape(console.harmless(name)), f"[bold]{words[first]}[/]", *cells)
     return table
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import re
 import signal
 import sys
 import traceback
@@ -22,6 +23,8 @@ DEBUG_FLAG, DEBUG_VARIABLE = "--debug", "METAPIPE_DEBUG"
 
 out = Console()
 err = Console(stderr=True)
+
+_STEERING = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on standard output and nothing else there.")]
 Set = Annotated[
@@ -54,9 +57,17 @@ def use_cluster(address: str | None) -> None:
     os.environ["RAY_ADDRESS"] = address
 
 
+def harmless(text: str) -> str:
+    """With escapes such as \\x1b for what would steer a terminal: a data set's texts and names are of other people.
+
+    Those are control characters but for line ends and tabs, other line ends, and marks that turn the direction of text.
+    """
+    return _STEERING.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
+
+
 def say(line: str) -> None:
     """A line about what happens, beside the results."""
-    err.print(line, markup=False, highlight=False, soft_wrap=True)
+    err.print(harmless(line), markup=False, highlight=False, soft_wrap=True)
 
 
 def new_app(**settings: Any) -> typer.Typer:
@@ -116,7 +127,7 @@ def _print_error(message: str) -> None:
     from pipeline.credentials import redacted
 
     err.print("[bold red]error:[/] ", end="")
-    err.print(redacted(message), markup=False, highlight=False, soft_wrap=True)
+    err.print(harmless(redacted(message)), markup=False, highlight=False, soft_wrap=True)
 
 
 def emit(result: dict[str, Any], *, as_json: bool, show: Callable[[], None]) -> None:

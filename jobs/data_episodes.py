@@ -56,7 +56,8 @@ def show(episodes: list[dict[str, Any]]) -> None:
     for number, episode in enumerate(episodes, start=1):
         table = Table("class", "support examples", title=f"episode {number}")
         for name, examples in episode.items():
-            table.add_row(escape(name), "\n".join(escape(_short(example)) for example in examples))
+            shown = "\n".join(_short(example) for example in examples)
+            table.add_row(escape(console.harmless(name)), escape(console.harmless(shown)))
         console.out.print(table)
 
 

@@ -84,7 +84,7 @@ def show(folder: str, manifest: Manifest, *, reused: bool = False, found: Survey
         if found is not None:
             near = f" + {found.near[split].examples} nearly" if split in found.near else ""
             cells.append(f"{found.identical[split].examples}{near}")
-        table.add_row(escape(split), *cells)
+        table.add_row(escape(console.harmless(split)), *cells)
     console.out.print(table)
     for split, pairs in alike.items():
         for first, part, second, other, similarity in pairs["closest"][:3]:
@@ -127,4 +127,4 @@ def location_of(folder: str, name: str) -> str:
 
 def _line(text: str) -> None:
     """As it is: names and paths may look like markup, and a broken line cannot be copied."""
-    console.out.print(text, markup=False, highlight=False, soft_wrap=True)
+    console.out.print(console.harmless(text), markup=False, highlight=False, soft_wrap=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,10 @@ from pipeline.errors import DataError
 from pipeline.learner import Learner, write_model
 from pipeline.shown import table_rows
 from pipeline.shown_files import Rows, read_lines, read_rows, read_support
+from pipeline.tasks import shards
 from pipeline.tasks.shards.manifest import Column
 from pipeline.tasks.tables import TableEncoding
+from pipeline.types import SPLITS
 from tests.contract.entries import Case, card, raw
 
 
@@ -116,6 +119,35 @@ def test_metapipe_data_show_tells_episodes(case: Case, tiny_sets: dict[str, Path
 
 def texts(rows: Rows) -> list[str]:
     return rows.cells("text", option="--text")
+
+
+STEERING = "\x1b[31mred\x07\x9b0m \u202eback\u2069 \r\x00\u2028."
+
+
+def test_texts_do_not_steer_the_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of a data set, of classes and of what is shown; line ends and other scripts stay."""
+    columns = [Column(name=f"c{STEERING}", kind="categorical", categories=[STEERING, "日本\N{COMBINING ACUTE ACCENT}"])]
+    classes = [shards.ClassExamples(f"k{i}", "all", np.array([[i % 2]] * 6, np.float32)) for i in range(6)]
+    texts = [shards.ClassExamples(f"k{i}", "all", [f"{STEERING}\nשלום {i}"] * 6) for i in range(6)]
+    how: dict[str, Any] = {"source": {"problems": {"count": 1, "first": [[STEERING, STEERING]]}}, "preprocessing": {}}
+    how["splits"] = {"random": {f"k{i}": SPLITS[i % 3] for i in range(6)}}
+    shards.write(tmp_path / "texts", texts, modality="text", **how)
+    shards.write(tmp_path / "table", classes, modality="vector", columns=columns, **how)
+    shown = [
+        CliRunner().invoke(data.app, ["show", str(tmp_path / name), "--n-way", "2"]).output
+        for name in ("texts", "table")
+    ]
+    stream = io.StringIO()
+    Console(file=stream, width=200).print(adapt._table("m", "text", [STEERING], [STEERING, "b"], np.array([[1.0, 0]])))
+    console.say(STEERING)
+    console._print_error(STEERING)
+    shown += [stream.getvalue(), capsys.readouterr().err]
+    for output in shown:
+        assert "\\x1b[31m" in output
+        assert not {c for c in output if unicodedata.category(c) in ("Cc", "Zl", "Zp")} - {"\n"}
+        assert not set("\u202e\u2069") & set(output)
+    assert "שלום" in shown[0]
+    assert "日本\N{COMBINING ACUTE ACCENT}" in shown[1]
 
 
 @pytest.mark.parametrize(
