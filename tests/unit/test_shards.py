@@ -347,7 +347,7 @@ def test_a_writer_at_work_is_not_swept_away(name: str, tmp_path: Path) -> None:
 
 
 def test_overwrite_replaces_only_a_data_set(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"data: already exists.*--overwrite"):
+    with pytest.raises(DataError, match=r"data: already exists.*--reuse, replace it with --overwrite"):
         write(folder, CLASSES)
     new = write(folder, CLASSES[:2], overwrite=True)
     assert shards.verify(folder) == new

@@ -109,7 +109,12 @@ def check_free(out: str | Location, *, overwrite: bool, source: Path | None = No
     except OSError as error:
         raise DataError(f"{out}: the object store cannot be asked ({error}).") from error
     if not overwrite:
-        raise DataError(f"{out}: already exists. Choose another --out, or replace it with --overwrite.")
+        if (out / MANIFEST).exists():
+            raise DataError(
+                f"{out}: already exists. Keep the data set that is there with --reuse, replace it with --overwrite, or "
+                "choose another --out."
+            )
+        raise DataError(f"{out}: already exists and is not a data set. Choose another --out.")
     if not (out / MANIFEST).exists():
         raise DataError(f"{out}: exists and is not a data set, so --overwrite leaves it alone. Choose another --out.")
     if source is not None and isinstance(out, Path):
