@@ -68,7 +68,7 @@ class Chosen(Source):
     def splits(self, *, seed: int) -> dict[str, dict[str, Split]]:
         splits = self.source.splits(seed=seed)
         if self._shares is not None or self._all_test:
-            groups = self._groups()
+            groups = self.class_groups()  # without those that the lists leave out
             if self._shares is not None:
                 splits["random"] = random_split(list(groups), seed=seed, shares=self._shares)
                 if len(set(groups.values())) >= 3:

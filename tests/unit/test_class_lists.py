@@ -157,6 +157,15 @@ def test_unlisted_classes_are_left_out_and_told_of(tmp_path: Path) -> None:
         prepare(chosen, tmp_path / "strict", record={}, workers=1, strict=True)
 
 
+def test_shares_are_of_the_classes_that_the_lists_keep(tmp_path: Path) -> None:
+    lists = written(tmp_path / "lists.csv", "birds,train\nfish/cod,val\n")
+    for seed in range(5):
+        splits = Chosen(Plain(), shares=(1, 1, 1), lists=lists, all_test=True).splits(seed=seed)
+        assert Counter(splits["random"].values()) == {"meta_train": 1, "meta_val": 1, "meta_test": 1}
+        assert splits["all_test"].keys() == splits["lists"].keys() == {"birds/owl", "birds/tit", "fish/cod"}
+        assert "group" not in splits, "two groups are left"
+
+
 def test_shares_and_all_test() -> None:
     splits = Chosen(Plain(), shares=(3, 1, 1), all_test=True).splits(seed=0)
     assert Counter(splits["random"].values()) == {"meta_train": 3, "meta_val": 1, "meta_test": 1}
