@@ -14,6 +14,7 @@ from pipeline.datasets.tables.sorting import ProblemFile
 from pipeline.types import Split
 
 LISTED, ALL_TEST = "lists", "all_test"
+NAMED = 10  # classes that are left out, in the remark
 
 
 class Chosen(Source):
@@ -21,7 +22,7 @@ class Chosen(Source):
 
     shares: of the classes (or exactly so many) for the three parts, in `random` and, with three groups or more, in
     `group`. lists: a file or folder (see `class_lists`) for the split `lists`; classes that are not in it are left out
-    of the data set, each counted as a problem. all_test: a split in which every class is in meta_test.
+    of the data set, which is no problem of the raw data and stands in the remarks. all_test: a split in which every class is in meta_test.
     """
 
     def __init__(
@@ -49,9 +50,6 @@ class Chosen(Source):
 
     def classes(self) -> Iterator[RawClass]:
         problems: list[Any] = []
-        if self._listed is not None:
-            unlisted = [name for name in self._groups() if name not in self._listed]
-            problems = [Problem(f"class {name}", f"is not in {self._lists}, so it is left out") for name in unlisted]
         for raw in self.source.classes():
             if self._listed is None or raw.name in self._listed:
                 yield raw._replace(items=itertools.chain(problems, raw.items)) if problems else raw
@@ -86,7 +84,13 @@ class Chosen(Source):
         return self.source.version()
 
     def remarks(self) -> list[str]:
-        return self.source.remarks()
+        remarks = self.source.remarks()
+        unlisted = [name for name in self._groups() if name not in self._listed] if self._listed is not None else []
+        if unlisted:
+            shown = ", ".join(unlisted[:NAMED] + ["…"] * (len(unlisted) > NAMED))
+            which = "1 class is" if len(unlisted) == 1 else f"{len(unlisted)} classes are"
+            remarks.append(f"{which} not in {self._lists} and left out: {shown}")
+        return remarks
 
     def originals(self) -> Mapping[Original, int]:
         return self.source.originals()

@@ -109,9 +109,7 @@ def _lines(path: Path) -> list[str]:
     try:
         if path.stat().st_size > MAX_BYTES:
             raise DataError(f"{path}: is larger than {MAX_BYTES >> 20} MiB, so it is no list of classes.")
-        return path.read_text(encoding="utf-8-sig").split(
-            "\n"
-        )  # a name may hold what splitlines takes for a line's end
+        return path.read_text(encoding="utf-8-sig").split("\n")  # splitlines cuts names too, at U+2028 and others
     except FileNotFoundError:
         raise DataError(f"{path}: no such file or folder of class lists.") from None
     except (OSError, UnicodeDecodeError) as error:

@@ -152,9 +152,10 @@ def test_unlisted_classes_are_left_out_and_told_of(tmp_path: Path) -> None:
         "meta_test": 2,
     }
     assert "apes/orang" not in {entry.name for entry in manifest.classes}
-    assert manifest.source["problems"]["first"] == [["class apes/orang", f"is not in {lists}, so it is left out"]]
-    with pytest.raises(DataError, match="apes/orang: is not in"):
-        prepare(chosen, tmp_path / "strict", record={}, workers=1, strict=True)
+    assert manifest.source["remarks"] == [f"1 class is not in {lists} and left out: apes/orang"]
+    assert "problems" not in manifest.source
+    strict, _ = prepare(chosen, tmp_path / "strict", record={}, workers=1, strict=True)
+    assert strict.digest == manifest.digest
 
 
 def test_shares_are_of_the_classes_that_the_lists_keep(tmp_path: Path) -> None:

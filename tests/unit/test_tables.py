@@ -378,7 +378,8 @@ def test_rows_of_no_class_are_told_also_where_lists_leave_the_first_class_out(tm
     manifest, _ = prepare(Chosen(options.open(seed=0), lists=lists), tmp_path / "out", record=options.record())
     assert [entry.name for entry in manifest.classes] == ["b", "c", "d"]
     assert ["t.csv: row 6", "has no label"] in manifest.source["problems"]["first"]
-    assert manifest.source["problems"]["count"] == 2, "and class a, which is left out"
+    assert manifest.source["problems"]["count"] == 1
+    assert manifest.source["remarks"] == [f"1 class is not in {lists} and left out: a"]
 
 
 CAFES = [unicodedata.normalize(form, "café") for form in ("NFD", "NFC")]
