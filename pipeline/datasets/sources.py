@@ -7,6 +7,7 @@ options, its help and its errors come from the fields.
 from __future__ import annotations
 
 import importlib
+import re
 from abc import abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
@@ -19,6 +20,9 @@ from pipeline.errors import ConfigError
 
 if TYPE_CHECKING:
     from pipeline.datasets.source import Source
+
+
+ADDRESS = re.compile(r"(?:^|/)([A-Za-z][A-Za-z0-9+.-]+):/+(.*)", re.DOTALL)  # also behind the current folder
 
 
 class SourceOptions(Section):
@@ -50,7 +54,7 @@ class FolderOptions(SourceOptions):
         if self.directory is None:
             described = type(self).model_fields["directory"].description
             raise ConfigError(f"DIR is missing: {(described or '').rstrip('.')}.")
-        return self.directory
+        return _checked(self.directory)
 
 
 class DownloadOptions(FolderOptions):
@@ -61,7 +65,19 @@ class DownloadOptions(FolderOptions):
     def folder(self) -> Path:
         if self.directory is None:
             raise ConfigError("DIR is missing: give the folder of the official files, or fetch them with --download.")
-        return self.directory
+        return _checked(self.directory)
+
+
+def _checked(directory: Path) -> Path:
+    """Raises ConfigError: an address, of which a path makes http:/HOST/…"""
+    found = ADDRESS.search(str(directory))
+    if found and not directory.exists():
+        scheme, rest = found.groups()
+        raise ConfigError(
+            f"DIR {scheme}://{rest}: raw data must lie in a folder of this machine, or one that it sees. Download it, and "
+            "give that folder."
+        )
+    return directory
 
 
 class Entry(NamedTuple):

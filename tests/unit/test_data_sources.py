@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from jobs import data
 from pipeline import experiment
 from pipeline.config import validate
+from pipeline.credentials import without_credentials
 from pipeline.datasets import sources
 from pipeline.errors import ConfigError, DataError
 from pipeline.tasks import regression
@@ -120,6 +121,19 @@ def test_the_command_counts_what_it_left_out_and_writes_the_card(tmp_path: Path)
     assert {path.name for path in (tmp_path / "bare").iterdir()} == {"dataset.json", "shards"}
     again = CliRunner().invoke(data.app, ["card", str(tmp_path / "bare"), "--json"])
     assert json.loads(again.stdout)["leaks"]["random"].keys() == {"identical", "near"}
+
+
+@pytest.mark.parametrize("name", ["csv", "images", "mnist"])
+@pytest.mark.parametrize("address", ["http://host:8765/text.csv", "https://me:secret@host/a?token=secret", "s3://b/k"])
+def test_an_address_of_raw_data_is_refused_as_it_was_written(name: str, address: str, tmp_path: Path) -> None:
+    for where in (address, Path.cwd() / address):  # with --address the folder's whole path is asked for
+        answer = run(name, where, "--out", tmp_path / "out")
+        shown = str(answer.exception)
+        assert isinstance(answer.exception, ConfigError)
+        assert without_credentials(address) in shown
+        assert "secret" not in shown
+        assert "raw data must lie in a folder" in shown
+    assert not list(tmp_path.iterdir())
 
 
 def test_classes_that_are_too_small_are_told_with_the_option_that_leaves_them_out(tmp_path: Path) -> None:
