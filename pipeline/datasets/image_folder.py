@@ -29,6 +29,8 @@ from pipeline.datasets.preprocessing import (
     FORMATS,
     IMAGE_SUFFIXES,
     Preprocessing,
+    check_scale,
+    check_size,
     open_picture,
     pictures_in,
     readable,
@@ -117,13 +119,14 @@ class ImageFolder(Source):
         return splits
 
     def originals(self) -> Counter[Original]:
-        """Of the first pictures of each class, by their headers."""
+        """Of the first pictures of each class, by their headers, without those that these refuse."""
         found: Counter[Original] = Counter()
         for folder in self._classes.values():
             for path in pictures_in(folder)[:LOOKED_AT]:
                 try:
                     _check_file(path)
-                    with Image.open(path) as picture:
+                    with Image.open(path, formats=FORMATS) as picture:
+                        _check_header(picture, path)
                         found[Original(picture.width, picture.height, picture.mode, picture.format or "")] += 1
                 except (DataError, OSError, SyntaxError, ValueError, Image.DecompressionBombError):
                     continue  # counted as a problem when it is read
@@ -211,9 +214,20 @@ def encoded_picture(path: Path, preprocessing: Preprocessing) -> bytes:
 def _open(path: Path) -> Image.Image:
     _check_file(path)
     picture = open_picture(path)
+    _check_single(picture, path)
+    return picture
+
+
+def _check_header(picture: Image.Image, path: Path) -> None:
+    """Raises DataError: one of those that are refused, which shows before it is decoded."""
+    check_size(picture, name=str(path))
+    check_scale(picture, name=str(path))
+    _check_single(picture, path)
+
+
+def _check_single(picture: Image.Image, path: Path) -> None:
     if picture.size == (1, 1):
         raise DataError(f"{path}: a single pixel, with nothing to see in it.")
-    return picture
 
 
 def _check_file(path: Path) -> None:

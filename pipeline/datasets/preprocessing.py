@@ -68,8 +68,7 @@ class Preprocessing(Section):
         Raises DataError: grey of an unknown scale, or anything else that Pillow cannot turn into this.
         """
         name = picture.info.get(NAME, "a picture")
-        if picture.mode in ("F", "I"):  # which value is white nobody says; convert("L") would clip at 255
-            raise DataError(f"{name}: grey of 32 bits, whose scale is not known. Convert it to 8 or 16 bit grey.")
+        check_scale(picture, name=name)
         try:
             return self._array(upright(picture))
         except DAMAGE as error:
@@ -141,17 +140,27 @@ def open_picture(path: str | Path) -> Image.Image:
     return decode_picture(path, name=str(path))
 
 
+def check_size(header: Image.Image, *, name: str) -> None:
+    """Raises DataError: a picture, which need not be decoded, has more pixels than are read."""
+    if header.width * header.height > MAX_PIXELS:
+        raise DataError(f"{name}: {header.width}×{header.height} {TOO_MANY_PIXELS}")
+    if max(header.size) > MAX_SIDE:
+        raise DataError(
+            f"{name}: {header.width}×{header.height} pixels; the longer side may have {MAX_SIDE}. Make it smaller."
+        )
+
+
+def check_scale(header: Image.Image, *, name: str) -> None:
+    """Raises DataError: grey of 32 bits. Which value is white nobody says; convert("L") would clip at 255."""
+    if header.mode in ("F", "I"):
+        raise DataError(f"{name}: grey of 32 bits, whose scale is not known. Convert it to 8 or 16 bit grey.")
+
+
 def decode_picture(source: str | Path | BinaryIO, *, name: str) -> Image.Image:
     """A decoded picture from a file or stream that errors call `name`. Raises DataError as `open_picture` does."""
     try:
         with Image.open(source, formats=FORMATS) as picture:
-            if picture.width * picture.height > MAX_PIXELS:
-                raise DataError(f"{name}: {picture.width}×{picture.height} {TOO_MANY_PIXELS}")
-            if max(picture.size) > MAX_SIDE:
-                raise DataError(
-                    f"{name}: {picture.width}×{picture.height} pixels; the longer side may have {MAX_SIDE}. "
-                    "Make it smaller."
-                )
+            check_size(picture, name=name)
             picture.load()
             decoded = picture.copy()
             decoded.info[NAME] = name
