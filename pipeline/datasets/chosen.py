@@ -22,7 +22,8 @@ class Chosen(Source):
 
     shares: of the classes (or exactly so many) for the three parts, in `random` and, with three groups or more, in
     `group`. lists: a file or folder (see `class_lists`) for the split `lists`; classes that are not in it are left out
-    of the data set, which is no problem of the raw data and stands in the remarks. all_test: a split in which every class is in meta_test.
+    of the data set, which is no problem of the raw data and stands in the remarks. all_test: a split in which every
+    class is in meta_test.
     """
 
     def __init__(

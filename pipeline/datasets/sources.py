@@ -74,8 +74,8 @@ def _checked(directory: Path) -> Path:
     if found and not directory.exists():
         scheme, rest = found.groups()
         raise ConfigError(
-            f"DIR {scheme}://{rest}: raw data must lie in a folder of this machine, or one that it sees. Download it, and "
-            "give that folder."
+            f"DIR {scheme}://{rest}: raw data must lie in a folder of this machine, or one that it sees. Download it "
+            "and give that folder."
         )
     return directory
 

@@ -488,6 +488,29 @@ def test_files_lie_in_folders_below_if_none_lies_in_the_one_given(tmp_path: Path
         prepared("csv", tmp_path / "hub", tmp_path / "none")
 
 
+def test_whole_numbers_that_float32_rounds_are_told_of(tmp_path: Path) -> None:
+    columns = {
+        "id": pa.array([2**63 + i for i in range(4)], pa.uint64()),
+        "text": [str(2**24 + i) for i in range(4)],  # every other one is held
+        "even": [2**24 + 2 * i for i in range(4)],
+        "code": [2**25 + i for i in range(4)],
+        "measured": [1e15 + i for i in range(4)],
+        "written": ["6.02214076e23", "1e20", "3e9", "2.5"],
+        "small": [0, -5, 2**24, 3],
+    }
+    pq.write_table(pa.table({"label": list("abab"), **columns}), tmp_path / "t.parquet")
+    manifest, _ = prepared("parquet", tmp_path / "t.parquet", tmp_path / "out", categorical=["code"])
+    first, second = manifest.source["remarks"]
+    assert first.startswith("column 'id': 4 whole numbers above 16,777,216 are rounded")
+    assert second.startswith("column 'text': 2 whole numbers")
+    assert "--leave-out text" in second
+    many = pa.table({"label": list("ab"), **{f"x{i}": [2**30 + 1, 2**30] for i in range(9)}})
+    pq.write_table(many, tmp_path / "many.parquet")
+    remarks = prepared("parquet", tmp_path / "many.parquet", tmp_path / "many")[0].source["remarks"]
+    assert len(remarks) == 6
+    assert remarks[-1].startswith("4 other columns")
+
+
 def test_items_of_pictures_are_bounded_by_what_they_decode_to(tmp_path: Path) -> None:
     pq.write_table(pa.table({"image": [picture(1)] * 10, "label": ["a"] * 10}), tmp_path / "t.parquet")
     source = read_options("parquet", {"directory": tmp_path / "t.parquet", "image": "image", "size": 100}).open(seed=0)

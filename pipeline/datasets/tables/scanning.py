@@ -28,6 +28,7 @@ MISSING = [
     "None",
 ]  # of features; a class may be so named
 NUMBER = r"^[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?$"
+INTEGER = r"^[+-]?\d+([.,]0*)?$"
 FRACTION = {  # by the decimal sign: a number with the other one
     ".": r"^[+-]?(\d+,\d*|,\d+)([eE][+-]?\d+)?$",
     ",": r"^[+-]?(\d+\.\d*|\.\d+)([eE][+-]?\d+)?$",
@@ -41,6 +42,8 @@ CONVERT = (
 MAX_CLASSES = 1_000_000
 MOSTLY = 0.9  # a column is numeric if more than this share of its values are numbers
 LARGEST = float(np.finfo(np.float32).max)
+WHOLE = 2.0**24  # float32 holds all whole numbers up to it, and float64 up to EXACT
+EXACT = 2.0**53
 
 Kind = Literal["numeric", "categorical"]
 
@@ -180,6 +183,18 @@ def numbers_of(array: pa.Array, decimal: str = ".") -> Numbers:
     return Numbers(np.where(odd, np.nan, values), odd)
 
 
+def _rounded(values: np.ndarray, array: pa.Array) -> int:
+    """How many of a column's values, float64 [rows], are whole numbers, also as texts, that float32 does not hold."""
+    large = np.abs(values) > WHOLE
+    if not large.any():
+        return 0
+    lost = (values.astype(np.float32) != values) | (np.abs(values) > EXACT)  # beyond it they are rounded already
+    whole = np.trunc(values) == values
+    if is_textual(array.type):
+        whole &= pc.fill_null(pc.match_substring_regex(stripped(array), INTEGER), False).to_numpy(zero_copy_only=False)
+    return int((large & lost & whole).sum())
+
+
 def stripped(array: pa.Array) -> pa.Array:
     """A column's values as texts without blanks around them; what is no UTF-8 becomes U+FFFD, which is no number."""
     try:
@@ -223,6 +238,7 @@ class ColumnScan:
     odd: int = 0  # values that are no numbers
     fractions: int = 0  # of them, those that are with the other decimal sign
     missing: int = 0
+    rounded: int = 0  # whole numbers that float32 does not hold
     undecodable: int = 0  # values that are not UTF-8
     longest: int = 0  # characters of a text
     lists: bool = False
@@ -241,6 +257,8 @@ class ColumnScan:
         if texts and found.odd.any():
             fractions = pc.match_substring_regex(stripped(array), FRACTION[self.decimal])
             self.fractions += pc.sum(fractions, min_count=0).as_py()
+        if not (pa.types.is_floating(array.type) or pa.types.is_boolean(array.type)):  # those of floats are measured
+            self.rounded += _rounded(found.values, array)
         there = int((~np.isnan(found.values)).sum())
         self.numbers += there
         self.odd += int(found.odd.sum())
@@ -267,6 +285,16 @@ class ColumnScan:
     def _no_feature(self, kind: pa.DataType) -> DataError:
         return DataError(
             f"column {self.name!r}: of type {kind}, which is no feature. Leave it out (--leave-out {self.name})."
+        )
+
+    def remark(self) -> str | None:
+        """What the user should know of it, once it is read."""
+        if not self.rounded or self.lists or self.columns()[0].kind != "numeric":
+            return None
+        return (
+            f"column {self.name!r}: {self.rounded} whole numbers above {WHOLE:,.0f} are rounded, as a feature is a "
+            f"float32 of 24 bits, so neighbours become equal. Leave out what is no quantity (--leave-out {self.name}), "
+            f"make categories of it (--categorical {self.name}), or subtract what all have in common."
         )
 
     def _check_fractions(self) -> None:

@@ -35,6 +35,7 @@ from pipeline.types import Split
 
 MAX_TEXT_BYTES = 1 << 20  # of an example; more is no sentence
 DELIMITERS = {";": "a semicolon", "\t": "a tab", "|": "a bar", ",": "a comma"}
+REMARKS = 5  # of columns, each with its own words
 HALF = 0.5  # of the rows; with more classes than that the label is none
 
 
@@ -138,11 +139,16 @@ class Table(Source):
     def remarks(self) -> list[str]:
         used = {*self._features, self._options.label, self._options.group, *(self._options.leave_out or ())}
         left = [name for name in self._table.index_columns if name not in used]
+        found = [remark for scan in self._scan.scans.values() if (remark := scan.remark())]
+        if len(found) > REMARKS:
+            more = f"{len(found) - REMARKS} other columns have whole numbers that are rounded as well"
+            found = [*found[:REMARKS], more]
         if self._content or not left:
-            return []
+            return found
         return [
+            *found,
             f"{_listed(left, 'column')} left out, as an index that numbers the rows: in a sorted table it would tell "
-            "the class. If it is a feature, name it and the other ones with --features."
+            "the class. If it is a feature, name it and the other ones with --features.",
         ]
 
     def splits(self, *, seed: int) -> dict[str, dict[str, Split]]:
