@@ -227,6 +227,8 @@ def test_queries_are_lines_or_a_column(tmp_path: Path) -> None:
         (tmp_path / "q.csv").write_bytes(end.join(["text", *(f'"{text}"' for text in odd)]).encode())
         assert read_lines(tmp_path / "q.txt") == odd
         assert texts(read_rows(tmp_path / "q.csv")) == odd
+        (tmp_path / "q.csv").write_bytes(end.join(["text", *odd[:-1]]).encode())  # without quotes a \r ends a row
+        assert texts(read_rows(tmp_path / "q.csv")) == odd[:-1]
     (tmp_path / "empty.txt").touch()
     for name, words in (("none.csv", "cannot be read"), ("empty.txt", "holds no text")):
         with pytest.raises(DataError, match=words):
