@@ -459,14 +459,14 @@ def test_decimal_commas_are_numbers_if_asked_for_and_never_categories(tmp_path: 
     np.testing.assert_array_equal(examples["a"].ravel(), np.float32([1.5, np.nan, 0.5, 1500]))
     np.testing.assert_array_equal(examples["b"].ravel(), np.float32([-2, 3.25, 4, 7]))
     for asked in ({}, {"numeric": ["länge"]}):
-        with pytest.raises(DataError, match=r"t\.csv: column 'länge': 6 of its values.*commas.*--decimal ,.*--categ"):
+        with pytest.raises(DataError, match=r"t\.csv: column 'länge': 6 of its values.*commas.*--decimal ','.*--categ"):
             prepared("csv", file, tmp_path / "no", delimiter=";", **asked)
     manifest, _ = prepared("csv", file, tmp_path / "codes", delimiter=";", categorical=["länge"])
     assert len(manifest.columns[0].categories) == 7
     with pytest.raises(ConfigError, match=r"there are: label;länge\. If a semicolon .* say --delimiter ';'"):
         prepared("csv", file, tmp_path / "no")
     rows = [["label", "x"], *[["ab"[i % 2], f"{i}.5"] for i in range(9)]]
-    with pytest.raises(DataError, match=r"decimal points\. Read them with --decimal \."):
+    with pytest.raises(DataError, match=r"decimal points\. Read them with --decimal '\.'"):
         prepared("csv", write_csv(file, rows), tmp_path / "no", decimal=",")
 
 

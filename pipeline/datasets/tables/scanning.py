@@ -305,7 +305,7 @@ class ColumnScan:
             written, other = ("commas", ",") if self.decimal == "." else ("points", ".")
             raise DataError(
                 f"column {self.name!r}: {self.fractions} of its values are numbers with decimal {written}. Read them "
-                f"with --decimal {other}, or, if they are categories, say --categorical {self.name}."
+                f"with --decimal '{other}', or as categories with --categorical {self.name}."
             )
 
     def columns(self) -> list[Column]:
