@@ -53,6 +53,7 @@ SIGNATURES = (
     b"II*\0",
     b"MM\0*",
 )  # of PNG, JPEG, GIF, TIFF
+NOT_READ = "a folder below a class is not read"
 LOOKED_AT = 20  # pictures of each class whose size and mode are counted
 
 
@@ -176,16 +177,17 @@ def find_classes(source: Path) -> tuple[dict[str, Path], list[Problem]]:
         groups = _folders_in(first, problems)
         if groups is None:
             continue
-        is_group = any(map(_holds_pictures, groups))
-        if not groups or (pictures_in(first) and not is_group):
+        own, in_groups = len(pictures_in(first)), sum(map(_count_pictures, groups))
+        if not groups or own > in_groups:  # a class, in which somebody may have put a few aside
             found[first.name] = first
-        if is_group:
-            problems += _astray(first)
+            problems += [Problem(str(path), NOT_READ) for path in groups]
+            continue
+        problems += _astray(first)
         for second in groups:
             below = _folders_in(second, problems)
             if below is not None:
                 found[f"{first.name}/{second.name}"] = second
-                problems += [Problem(str(path), "a folder below a class is not read") for path in below]
+                problems += [Problem(str(path), NOT_READ) for path in below]
     names, odd = check_names(found)
     return {name: found[name] for name in names}, problems + odd
 
@@ -268,11 +270,11 @@ def _astray(folder: Path) -> list[Problem]:
     return [Problem(str(folder), reason)]
 
 
-def _holds_pictures(folder: Path) -> bool:
+def _count_pictures(folder: Path) -> int:
     try:
-        return bool(pictures_in(folder))
+        return len(pictures_in(folder))
     except OSError:  # told where it is listed
-        return False
+        return 0
 
 
 def _begins_like_a_picture(path: Path) -> bool:

@@ -129,6 +129,16 @@ def test_pictures_beside_class_folders_and_under_other_names_are_told_of(tmp_pat
         prepared(root, tmp_path / "strict", strict=True)
 
 
+def test_a_class_with_a_few_pictures_put_aside_stays_a_class(tmp_path: Path) -> None:
+    root = folders(tmp_path / "mine", "a", "b")
+    before = prepared(root, tmp_path / "before")
+    (root / "a" / "rejected").mkdir()
+    picture(9).save(root / "a" / "rejected" / "blurred.png")
+    manifest = prepared(root, tmp_path / "out")
+    assert manifest.digest == before.digest
+    assert reasons(manifest) == {"rejected": "a folder below a class is not read"}
+
+
 def test_raw_pictures_on_the_card_are_those_that_are_not_refused(tmp_path: Path) -> None:
     root = folders(tmp_path / "mine", "a", "b")
     picture(6, 1, 1).save(root / "a" / "pixel.png")
