@@ -26,6 +26,11 @@ class Normalization(StrEnum):
     transductive = "transductive"
 
 
+class Decimal(StrEnum):
+    point = "."
+    comma = ","
+
+
 def adapt(
     model: Model,
     support: Annotated[
@@ -36,6 +41,8 @@ def adapt(
     ],
     label: Annotated[str, typer.Option(help="Column of the labels in a CSV file.")] = "label",
     text: Annotated[str, typer.Option(help="Column of the texts in a CSV file, for a model of texts.")] = "text",
+    delimiter: Annotated[str, typer.Option(help="Between the cells of a CSV file: one character, or tab.")] = ",",
+    decimal: Annotated[Decimal, typer.Option(help="The sign in the numbers of a CSV file.")] = Decimal.point,
     adaptation_steps: Annotated[int | None, typer.Option(min=0, help="Default: as in evaluation.")] = None,
     normalization: Annotated[
         Normalization,
@@ -48,16 +55,18 @@ def adapt(
     import json as json_format
 
     from pipeline.datasets.preprocessing import Preprocessing, pictures_below
+    from pipeline.datasets.tables.csv_blocks import delimiter_of
     from pipeline.errors import DataError
     from pipeline.shown_files import Rows, read_lines, read_rows, read_support
 
+    delimiter = delimiter_of(delimiter)
     files: list[Path] = []
-    shown = read_support(support, label=label) if _is_text(support) or _is_text(query) else None
+    shown = read_support(support, label=label, delimiter=delimiter) if _is_text(support) or _is_text(query) else None
     asked: Rows | list[str] = []
     if not _is_text(query):
         files = pictures_below(query)
     elif query.suffix.lower() == ".csv":
-        asked = read_rows(query)
+        asked = read_rows(query, delimiter=delimiter)
     else:
         asked = read_lines(query)
 
@@ -86,15 +95,22 @@ def adapt(
         query_x = learner.pictures(files)
         kind, names = "picture", [{"file": str(file)} for file in files]
     else:
-        shown = shown or read_support(support, label=label)
+        shown = shown or read_support(support, label=label, delimiter=delimiter)
         if isinstance(preprocessing, Tokens):
             support_x = shown.rows.cells(text, option="--text")
             query_x = asked.cells(text, option="--text") if isinstance(asked, Rows) else asked or read_lines(query)
             kind, names = "text", [{"text": each} for each in query_x]
         else:
-            rows = asked if isinstance(asked, Rows) else read_rows(query)
+            rows = asked if isinstance(asked, Rows) else read_rows(query, delimiter=delimiter)
+            numeric = {column.name for column in preprocessing.columns if column.kind == "numeric"}
             support_x, query_x = (
-                table_rows(each.rows, preprocessing, learner.dtype, str(each.file), place=each.place)
+                table_rows(
+                    each.with_points(numeric, decimal.value),
+                    preprocessing,
+                    learner.dtype,
+                    str(each.file),
+                    place=each.place,
+                )
                 for each in (shown.rows, rows)
             )
             kind, names = "row", [{"row": number} for number in range(1, len(query_x) + 1)]

@@ -31,7 +31,7 @@ from pipeline import class_pictures
 from pipeline.errors import ConfigError
 from pipeline.tasks.classes import ClassTasks
 from pipeline.tasks.images import ImageTasks
-from pipeline.tasks.mixture import MixtureTasks
+from pipeline.tasks.mixture import MixtureTasks, families_of
 from pipeline.training.evaluate import MODES, Evaluation
 from pipeline.types import Normalization, TaskFamily
 
@@ -187,8 +187,7 @@ def _number(value: float) -> float | None:
 
 def check(family: TaskFamily) -> None:
     """Raises ConfigError: these tasks, those of a mixture's data sets, have no classes to report on."""
-    each = family.families if isinstance(family, MixtureTasks) else [family]
-    if not any(isinstance(one, ClassTasks) for one in each):
+    if not any(isinstance(one, ClassTasks) for one in families_of(family)):
         raise ConfigError("--report: is about classes, and these tasks have none. Leave it out.")
 
 

@@ -13,11 +13,12 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo
 
 from pipeline.errors import ConfigError
 from pipeline.storage import Location, location
 
+STORED = "stored"
 CLOSE = 0.75  # how alike an unknown key is to one that is suggested for it, in 0…1
 
 
@@ -99,17 +100,22 @@ def put(content: dict[str, Any], dotted: str, value: Any, *, source: str) -> Non
     section[last] = value
 
 
-def validate(section: type[SectionT], content: Mapping[str, Any], *, source: str) -> SectionT:
-    """The content as a section.
+def validate(section: type[SectionT], content: Mapping[str, Any], *, source: str, stored: bool = False) -> SectionT:
+    """The content as a section. stored: a run or a model was made with it, perhaps by an older version (`is_stored`).
 
     Raises ConfigError: names `source`, each wrong key, what is wrong with it and, for an unknown key, the
     nearest known one.
     """
     try:
-        return section.model_validate(content)
+        return section.model_validate(content, context={STORED: stored})
     except ValidationError as error:
         problems = [_explain(section, detail) for detail in error.errors()]
         raise ConfigError(f"{source}: " + "; ".join(problems) + ".") from None
+
+
+def is_stored(info: ValidationInfo) -> bool:
+    """Whether what is validated is stored content, where keys without effect are no mistake to tell the user of."""
+    return bool(info.context and info.context.get(STORED))
 
 
 def flatten(content: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -207,9 +207,9 @@ def load(path: str | Path, overrides: Iterable[str] = ()) -> Experiment:
     return config.validate(Experiment, content, source=str(path))
 
 
-def from_dict(content: dict[str, Any], *, source: str) -> Experiment:
-    """The experiment that `Experiment.to_dict` wrote. Raises ConfigError."""
-    return config.validate(Experiment, content, source=source)
+def from_dict(content: dict[str, Any], *, source: str, stored: bool = False) -> Experiment:
+    """The experiment that `Experiment.to_dict` wrote. stored: see `config.validate`. Raises ConfigError."""
+    return config.validate(Experiment, content, source=source, stored=stored)
 
 
 def initial_weights(experiment: Experiment) -> str | None:

@@ -101,6 +101,7 @@ def card_of(
             "experiment": content,
         },
         source="model card",
+        stored=True,
     )
 
 
@@ -130,7 +131,7 @@ class Learner:
             tensors = load_file(folder / STATE_FILE)
         except Exception as error:
             raise DataError(f"{folder}: not a whole model of this package ({error}).") from error
-        card = config.validate(ModelCard, content, source=str(folder / MODEL_FILE))
+        card = config.validate(ModelCard, content, source=str(folder / MODEL_FILE), stored=True)
         return cls(card, split_state(tensors))
 
     def adapt(

@@ -143,7 +143,7 @@ class RunFolder:
     def experiment(self) -> Experiment:
         """The experiment this run was started with. Raises ConfigError, DataError."""
         path = self.path / CONFIG_FILE
-        return experiment.from_dict(config.read_yaml(path), source=str(path))
+        return experiment.from_dict(config.read_yaml(path), source=str(path), stored=True)
 
     def request_stop(self) -> None:
         """Ask the workers, wherever they are, to write a checkpoint and end."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import re
+from collections.abc import Collection
 from pathlib import Path
 from typing import NamedTuple
 
@@ -24,6 +25,12 @@ class Rows(NamedTuple):
     def place(self, index: int) -> str:
         """Where a row stands, for messages."""
         return f"{self.file}: row {self.numbers[index]}"
+
+    def with_points(self, columns: Collection[str], decimal: str) -> list[dict[str, str]]:
+        """The rows, where numbers in these columns that have another decimal sign have a point."""
+        if decimal == ".":
+            return self.rows
+        return [{k: v.replace(decimal, ".") if k in columns else v for k, v in row.items()} for row in self.rows]
 
     def cells(self, column: str, *, option: str) -> list[str]:
         """Of the column that an option names. Raises DataError: it is not there, or empty in a row."""
@@ -46,16 +53,16 @@ class Labelled(NamedTuple):
     labels: list[str]
 
 
-def read_support(file: Path, *, label: str) -> Labelled:
+def read_support(file: Path, *, label: str, delimiter: str = ",") -> Labelled:
     """A CSV file's rows and their labels, from the column of this name. Raises DataError as `read_rows`; no label."""
-    rows = read_rows(file)
+    rows = read_rows(file, delimiter=delimiter)
     return Labelled(rows, [cell.strip() for cell in rows.cells(label, option="--label")])
 
 
-def read_rows(file: Path) -> Rows:
+def read_rows(file: Path, *, delimiter: str = ",") -> Rows:
     """A CSV file's rows, of which it has one or more. Raises DataError: it cannot be read, or a row has other cells."""
     # StringIO cuts at line ends alone; str.splitlines cuts within texts: at U+2028, form feeds, …
-    reader = csv.reader(io.StringIO(_read(file), newline=""), strict=True)
+    reader = csv.reader(io.StringIO(_read(file), newline=""), delimiter=delimiter, strict=True)
     try:
         filled = [(number, cells) for number, cells in enumerate(reader, start=1) if cells]
     except csv.Error as error:

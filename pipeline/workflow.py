@@ -38,7 +38,7 @@ from pipeline.runs import RunFolder
 from pipeline.storage import Location
 from pipeline.tasks.classes import ClassTasks
 from pipeline.tasks.images import ImageTasks
-from pipeline.tasks.mixture import MixtureTasks
+from pipeline.tasks.mixture import MixtureTasks, families_of
 from pipeline.tasks.tables import TableEncoding
 from pipeline.tasks.tabular import TabularTasks
 from pipeline.tracking import RunLog, Tracker
@@ -236,7 +236,8 @@ def evaluate_run(exp: Experiment, run: RunFolder, parts: Components, log: RunLog
 
     Raises TrainingStopped: there is no best one, as the answers in all validations were not finite.
     """
-    if run.checkpoints.best() is None:
+    latest = run.checkpoints.latest()
+    if latest is not None and run.checkpoints.meta(latest)["best_step"] is None:
         raise TrainingStopped(
             f"{run.path}: in no validation were all losses finite, so there is nothing to evaluate or register: the "
             "adapted learner diverges. Lower algorithm.inner_lr or algorithm.eval_adaptation_steps (and what else "
@@ -428,7 +429,7 @@ def evaluate_model_on(
 ) -> list[ModelEvaluation]:
     """`evaluate_model` on each of several data sets, all of which are checked before the first one is evaluated."""
     keep_freed_memory()
-    exp = experiments.from_dict(learner.card.experiment, source="the model's experiment")
+    exp = experiments.from_dict(learner.card.experiment, source="the model's experiment", stored=True)
     prepared = []
     for folder in data:
         chosen = evaluation_task.of(
@@ -478,6 +479,11 @@ def _built(learner: Learner, task: Any) -> TaskFamily:
     family: TaskFamily = task.build(device=launch.default_device(), dtype=learner.dtype)
     if isinstance(family, TabularTasks | MixtureTasks) and isinstance(learner.card.preprocessing, TableEncoding):
         family.use(learner.card.preprocessing)
+    elif learner.card.preprocessing is None and any(isinstance(each, TabularTasks) for each in families_of(family)):
+        raise DataError(
+            f"{learner.card.name}: is of an older version, which encoded each table of a mixture by itself and kept "
+            "none of these encodings. Train it anew."
+        )
     return family
 
 

@@ -286,3 +286,12 @@ def needs_features(name: str, model: TaskModel) -> None:
             f"algorithm.name: {name} needs the features that a linear head gets, and the module has no nn.Linear with "
             "a bias. End model.factory's network in one, or choose another algorithm."
         )
+
+
+def needs_body(name: str, model: TaskModel) -> None:
+    """Raises ConfigError: the model is a head alone, which the algorithm does not learn."""
+    if set(model.parameter_names) <= set(model.head):
+        raise ConfigError(
+            f"algorithm.name: {name} learns what lies before the head, and this model is a head alone. Give it layers "
+            "(model.hidden), or choose another algorithm."
+        )

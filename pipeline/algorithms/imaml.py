@@ -36,7 +36,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, Literal, Self
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, model_validator
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
@@ -44,6 +44,7 @@ from torch.autograd.function import once_differentiable
 from pipeline.algorithms.episodic import Support
 from pipeline.algorithms.gradient_based import GradientBased
 from pipeline.algorithms.inner_optimizer import InnerLoopConfig, gradients
+from pipeline.config import is_stored
 from pipeline.types import Adapted, MetaState, Objective, Params, Statistics, TaskModel
 
 LOG_LAMBDA = "imaml/log_lambda"  # [], a meta-parameter where it is learned; [T] among what steps use
@@ -64,8 +65,9 @@ class IMAMLConfig(InnerLoopConfig):
     differentiates_steps: ClassVar[bool] = False
 
     @model_validator(mode="after")
-    def _steps_can_converge(self) -> Self:
-        for key, given in (("regularization", self.regularization), ("eval_regularization", self.eval_regularization)):
+    def _steps_can_converge(self, info: ValidationInfo) -> Self:
+        at_test = None if is_stored(info) else self.eval_regularization  # older versions did not look at it
+        for key, given in (("regularization", self.regularization), ("eval_regularization", at_test)):
             curvature = (given or 0.0) + self.inner_weight_decay
             if self.inner_optimizer == "sgd" and self.inner_lr * curvature >= 2 * (1 + self.inner_momentum):
                 raise ValueError(

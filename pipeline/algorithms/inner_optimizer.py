@@ -12,10 +12,11 @@ from fnmatch import fnmatchcase
 from typing import Annotated, ClassVar, Literal, Self
 
 import torch
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 from torch import Tensor
 
 from pipeline.algorithms.episodic import EpisodicConfig, named_gradients
+from pipeline.config import is_stored
 from pipeline.errors import ConfigError
 from pipeline.types import Params
 
@@ -41,9 +42,9 @@ class InnerStepsConfig(EpisodicConfig):
     differentiates_steps: ClassVar[bool] = True  # whether the meta-gradient goes through the inner steps
 
     @model_validator(mode="after")
-    def _steps_are_differentiated(self) -> Self:
+    def _steps_are_differentiated(self, info: ValidationInfo) -> Self:
         for key in ("first_order", "recompute_inner_steps"):
-            if getattr(self, key) and not self.differentiates_steps:
+            if getattr(self, key) and not self.differentiates_steps and not is_stored(info):
                 raise ValueError(
                     f"{key}: true changes nothing here: this algorithm does not differentiate its inner steps. Leave "
                     "it out"
@@ -52,16 +53,16 @@ class InnerStepsConfig(EpisodicConfig):
 
     @field_validator("inner_betas")
     @classmethod
-    def _betas_are_of_adam(cls, value: tuple[float, float], info: object) -> tuple[float, float]:
-        of_sgd = getattr(info, "data", {}).get("inner_optimizer") == "sgd"
-        if of_sgd and value != cls.model_fields["inner_betas"].default:
+    def _betas_are_of_adam(cls, value: tuple[float, float], info: ValidationInfo) -> tuple[float, float]:
+        unused = info.data.get("inner_optimizer") == "sgd" and value != cls.model_fields["inner_betas"].default
+        if unused and not is_stored(info):
             raise ValueError("are for inner_optimizer: adam; sgd has inner_momentum")
         return value
 
     @field_validator("inner_momentum")
     @classmethod
-    def _momentum_is_of_sgd(cls, value: float, info: object) -> float:
-        if value and getattr(info, "data", {}).get("inner_optimizer") == "adam":
+    def _momentum_is_of_sgd(cls, value: float, info: ValidationInfo) -> float:
+        if value and info.data.get("inner_optimizer") == "adam":
             raise ValueError("is for inner_optimizer: sgd; Adam's is the first of inner_betas")
         return value
 

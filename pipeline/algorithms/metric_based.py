@@ -32,6 +32,7 @@ from pipeline.algorithms.episodic import (
     Query,
     QueryLoss,
     Support,
+    needs_body,
     needs_features,
     network,
     one_hot,
@@ -40,7 +41,6 @@ from pipeline.algorithms.episodic import (
     statistics_for,
 )
 from pipeline.algorithms.gradient_based import FEATURES
-from pipeline.errors import ConfigError
 from pipeline.types import (
     Adapted,
     MetaState,
@@ -88,11 +88,7 @@ class MetricBased(Episodic):
         super().__init__(config, model=model, objective=objective)
         only_classification(config.name, objective)
         needs_features(config.name, model)
-        if set(model.parameter_names) <= set(model.head):
-            raise ConfigError(
-                f"algorithm.name: {config.name} learns what lies before the head, and this model is a head alone. Give "
-                "it layers (model.hidden), or choose another algorithm."
-            )
+        needs_body(config.name, model)
         self._initial_scale = config.scale or scale
         self._name = config.name
         self._log_scale = f"{config.name}/log_scale"  # the learned one's name

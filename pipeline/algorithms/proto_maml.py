@@ -17,7 +17,15 @@ from typing import Literal
 
 from torch import Tensor
 
-from pipeline.algorithms.episodic import Support, needs_features, network, one_hot, only_classification, per_task
+from pipeline.algorithms.episodic import (
+    Support,
+    needs_body,
+    needs_features,
+    network,
+    one_hot,
+    only_classification,
+    per_task,
+)
 from pipeline.algorithms.gradient_based import FEATURES, GradientBased
 from pipeline.algorithms.inner_optimizer import InnerLoopConfig
 from pipeline.algorithms.metric_based import class_means, without_head
@@ -35,9 +43,10 @@ class ProtoMAMLConfig(InnerLoopConfig):
     through_initialization: bool = True  # of the head; false: the meta-gradient takes the prototypes as constants
 
     def build(self, *, model: TaskModel, objective: Objective, train_classes: int | None = None) -> ProtoMAML:
-        """Raises ConfigError: the task is no classification, or the model has no features."""
+        """Raises ConfigError: the task is no classification, or the model has no features, or a head alone."""
         only_classification(self.name, objective)
         needs_features(self.name, model)
+        needs_body(self.name, model)
         return ProtoMAML(self, model=model, objective=objective)
 
 

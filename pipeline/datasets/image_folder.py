@@ -160,7 +160,7 @@ def class_folders(source: Path) -> dict[str, Path]:
                 f"{folder}: class {name} holds no picture ({', '.join(IMAGE_SUFFIXES)}). Add some, or remove it."
             )
     for problem in problems:
-        if not problem.reason.endswith(BOTH_KEPT):
+        if not problem.reason.endswith((BOTH_KEPT, NOT_READ)):
             raise DataError(f"{problem.item}: {problem.reason}.")
     if not found:
         raise DataError(_no_pictures(source))
@@ -173,21 +173,26 @@ def find_classes(source: Path) -> tuple[dict[str, Path], list[Problem]]:
         raise DataError(f"{source}: no such folder. Give one that holds a folder of pictures per class.")
     found: dict[str, Path] = {}
     problems: list[Problem] = []
-    for first in _folders_in(source, problems) or ():
-        groups = _folders_in(first, problems)
+    within = {first: _folders_in(first, problems) for first in _folders_in(source, problems) or ()}
+    counts = {
+        first: (_count_pictures(first), sum(map(_count_pictures, groups or ()))) for first, groups in within.items()
+    }
+    # a folder with pictures and with folders of pictures is what most of the others are; if they do not tell, a class
+    classes_are_first = sum(bool(own) - bool(below) for own, below in counts.values()) >= 0
+    for first, groups in within.items():
         if groups is None:
             continue
-        own, in_groups = len(pictures_in(first)), sum(map(_count_pictures, groups))
-        if not groups or own > in_groups:  # a class, in which somebody may have put a few aside
+        own, below = counts[first]
+        if not groups or (own and (classes_are_first or not below)):
             found[first.name] = first
             problems += [Problem(str(path), NOT_READ) for path in groups]
             continue
         problems += _astray(first)
         for second in groups:
-            below = _folders_in(second, problems)
-            if below is not None:
+            deeper = _folders_in(second, problems)
+            if deeper is not None:
                 found[f"{first.name}/{second.name}"] = second
-                problems += [Problem(str(path), NOT_READ) for path in below]
+                problems += [Problem(str(path), NOT_READ) for path in deeper]
     names, odd = check_names(found)
     return {name: found[name] for name in names}, problems + odd
 

@@ -85,6 +85,8 @@ class MixtureConfig(Section):
     def verify(self) -> str:
         """Check every set; returns a digest of theirs. Raises DataError."""
         digests = [part.task.verify() for part in self.sets]
+        if all(isinstance(part.task, TabularTasksConfig) for part in self.sets):
+            digests.append("one encoding")  # older versions encoded each table by itself: their runs do not go on
         return hashlib.sha256(json.dumps(digests).encode()).hexdigest()
 
 
@@ -212,6 +214,11 @@ class MixtureTasks:
             for digest, of_class in _class_digests(family, split).items():
                 found[digest] = f"{name}: {of_class}"
         return found
+
+
+def families_of(family: TaskFamily) -> list[TaskFamily]:
+    """Those of a mixture's sets; the family itself where it is none."""
+    return family.families if isinstance(family, MixtureTasks) else [family]
 
 
 def _class_digests(family: TaskFamily, split: Split) -> dict[str, str]:

@@ -355,4 +355,4 @@ def _validate(
 
 def train_worker(context: Context, content: dict[str, Any], run_path: str) -> None:
     """`train` with plain arguments, which travel to other processes."""
-    train(context, experiments.from_dict(content, source=run_path), RunFolder(run_path))
+    train(context, experiments.from_dict(content, source=run_path, stored=True), RunFolder(run_path))

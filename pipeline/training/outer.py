@@ -7,10 +7,10 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, model_validator
 from torch import Tensor
 
-from pipeline.config import Section
+from pipeline.config import Section, is_stored
 from pipeline.types import Params
 
 
@@ -30,8 +30,8 @@ class OuterConfig(Section):
     gradient_clip: float | None = Field(default=None, gt=0)  # bound on the meta-gradient's global norm
 
     @model_validator(mode="after")
-    def _momentum_is_of_sgd(self) -> OuterConfig:
-        if self.momentum and self.optimizer != "sgd":
+    def _momentum_is_of_sgd(self, info: ValidationInfo) -> OuterConfig:
+        if self.momentum and self.optimizer != "sgd" and not is_stored(info):
             raise ValueError(f"momentum ({self.momentum}) is for optimizer: sgd; {self.optimizer} has its own")
         return self
 

@@ -137,6 +137,10 @@ def test_a_class_with_a_few_pictures_put_aside_stays_a_class(tmp_path: Path) -> 
     manifest = prepared(root, tmp_path / "out")
     assert manifest.digest == before.digest
     assert reasons(manifest) == {"rejected": "a folder below a class is not read"}
+    for number in range(50):  # more than it has itself: the other folders tell that it is a class
+        picture(number).save(root / "a" / "rejected" / f"{number}.png")
+    assert prepared(root, tmp_path / "again").digest == before.digest
+    assert list(class_folders(root)) == ["a", "b"]
 
 
 def test_raw_pictures_on_the_card_are_those_that_are_not_refused(tmp_path: Path) -> None:

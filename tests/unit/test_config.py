@@ -363,3 +363,26 @@ def test_shipped_configurations_are_records(path: Path) -> None:
     assert [word for word in ("command", "hardware", "time", "expected") if f"#   {word}" not in text] == []
     for document in (text, (CONFIGS.parent / "README.md").read_text()):
         assert not re.search(r"\b(TODO|EXPECTED|(DEMO|OMNI|SIN)_[A-Z0-9]+)\b", document)
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"algorithm": {"name": "reptile", "inner_lr": 0.1, "recompute_inner_steps": True}},
+        {"algorithm": {"name": "reptile", "inner_lr": 0.1, "inner_betas": [0.9, 0.999]}},
+        {"algorithm": {"name": "imaml", "inner_lr": 0.1, "eval_regularization": 50.0}},
+        {"algorithm": {"name": "maml", "inner_lr": 0.1}, "outer": {"momentum": 0.9}},
+    ],
+    ids=["recompute", "betas", "eval_regularization", "momentum"],
+)
+def test_what_older_versions_accepted_is_refused_in_a_users_file_and_read_in_a_stored_one(keys: dict[str, Any]) -> None:
+    content = {
+        "name": "x",
+        "task": {"family": "sinusoid"},
+        "model": {"name": "mlp"},
+        "algorithm": keys["algorithm"],
+        "training": {"steps": 1, "outer": keys.get("outer", {})},
+    }
+    with pytest.raises(ConfigError):
+        experiment.from_dict(content, source="test")
+    assert experiment.from_dict(content, source="test", stored=True).name == "x"

@@ -19,6 +19,7 @@ from pipeline.errors import ConfigError, DataError, TrainingStopped
 from pipeline.experiment import Experiment
 from pipeline.tasks.classes import ClassTasks
 from pipeline.training.ahead import results
+from pipeline.training.checkpoint import CheckpointStore
 from pipeline.training.context import LocalContext
 from pipeline.training.evaluate import Estimate, Evaluation, episode_batches, evaluate
 from pipeline.training.loop import train
@@ -109,6 +110,22 @@ def test_answers_that_are_no_numbers_are_wrong(
     assert run.checkpoints.best() is None
     with pytest.raises(TrainingStopped, match=r"in no validation were all losses finite.*Lower algorithm\.inner_lr"):
         workflow.evaluate_run(exp, run, parts, None, "x")  # type: ignore[arg-type]
+
+
+def test_a_best_checkpoint_that_was_removed_is_no_divergence(
+    tiny_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exp = experiment(tmp_path, tiny_data, backend="local", steps=2, validate_every=1)
+    run = open_run(exp)
+    train(LocalContext(), exp, run)
+    latest = run.checkpoints.latest()
+    monkeypatch.setattr(CheckpointStore, "best", lambda _: None)
+    meta = CheckpointStore.meta
+    monkeypatch.setattr(CheckpointStore, "meta", lambda self, step: {**meta(self, step), "best_step": 1})
+    assert workflow.best_checkpoint(run)[0] == latest
+    monkeypatch.setattr(workflow, "evaluate", lambda *_, **__: pytest.fail("evaluated"))
+    with pytest.raises(pytest.fail.Exception, match="evaluated"):
+        workflow.evaluate_run(exp, run, experiments.build(exp, device=torch.device("cpu")), None, "x")  # type: ignore[arg-type]
 
 
 def test_episodes_that_memory_does_not_hold_are_scored_in_smaller_chunks(tiny_data: Path, tmp_path: Path) -> None:

@@ -158,3 +158,9 @@ def test_a_learner_of_fewer_and_more_classes(classes: int, tiny_data: Path) -> N
 def test_regression_is_refused() -> None:
     with pytest.raises(ConfigError, match="proto_maml classifies"):
         ProtoMAMLConfig(name="proto_maml", inner_lr=0.1).build(model=proto_maml().model, objective=Regression())
+
+
+def test_a_model_that_is_a_head_alone_is_refused() -> None:
+    model = MLPConfig(name="mlp", hidden=[]).build(input_shape=(4,), num_outputs=3, dtype=torch.float64)
+    with pytest.raises(ConfigError, match="proto_maml learns what lies before the head"):
+        ProtoMAMLConfig(name="proto_maml", inner_lr=0.1).build(model=model, objective=Classification())

@@ -81,6 +81,27 @@ def test_metapipe_adapt_reads_csv_files(case: Case, tmp_path: Path) -> None:
         assert [p["row"] for p in found["predictions"]] == list(range(1, len(query) + 1))
 
 
+def test_rows_with_decimal_commas_are_the_same_rows(case: Case, tmp_path: Path) -> None:
+    support, query = raw(case)
+    if isinstance(support, list):
+        return
+    write_model(tmp_path / "model", card(case), case.state)
+    labels = [f"class {i}" for i in case.batch.support_y[0].tolist()]
+    answers = []
+    for name, sign, between in (("points", ".", ","), ("commas", ",", ";")):
+        shown = ["kind,length,width,colour", *(f"{k},{c}" for k, c in zip(labels, cells(case, support), strict=True))]
+        asked = ["length,width,colour", *cells(case, query)]
+        files = []
+        for part, lines in (("support", shown), ("query", asked)):
+            files.append(tmp_path / f"{part}-{name}.csv")
+            written = [line.replace(",", between).replace(".", sign) for line in lines]
+            files[-1].write_text("\n".join(written) + "\n")
+        given = ["--support", files[0], "--query", files[1], "--label", "kind", "--delimiter", between]
+        found = run(console.single_command(adapt.adapt), tmp_path / "model", *given, "--decimal", sign)
+        answers.append(found["predictions"])
+    assert answers[0] == answers[1]
+
+
 def test_a_model_of_arrays_is_not_taken_for_one_of_pictures(case: Case, tmp_path: Path) -> None:
     write_model(tmp_path / "model", card(case).model_copy(update={"preprocessing": None}), case.state)
     (tmp_path / "shown.csv").write_text("label,text\na,b\nb,c\n")

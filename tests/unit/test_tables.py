@@ -470,6 +470,28 @@ def test_decimal_commas_are_numbers_if_asked_for_and_never_categories(tmp_path: 
         prepared("csv", write_csv(file, rows), tmp_path / "no", decimal=",")
 
 
+def test_commas_that_may_part_thousands_are_not_taken_for_decimal_ones(tmp_path: Path) -> None:
+    rows = [["label", "x"], *[["ab"[i % 2], x] for i, x in enumerate(["12,345", "1,234", "999", "-7,000", "88,123"])]]
+    with pytest.raises(
+        DataError, match=r"column 'x': 4 of its values .* may part thousands\. If so, write them without"
+    ):
+        prepared("csv", write_csv(tmp_path / "t.csv", rows), tmp_path / "no")
+
+
+def test_two_columns_of_vectors_have_two_names(tmp_path: Path) -> None:
+    table = pa.table({"label": list("abab"), "v": [[1.0, 2.0]] * 4, "v[0]": [3.0] * 4})
+    pq.write_table(table, tmp_path / "t.parquet")
+    with pytest.raises(DataError, match=r"two columns of vectors would be named 'v\[0\]'\. Leave one out"):
+        prepared("parquet", tmp_path / "t.parquet", tmp_path / "no")
+
+
+def test_a_folder_that_is_named_like_a_file_is_looked_into(tmp_path: Path) -> None:
+    (tmp_path / "p" / "out.parquet").mkdir(parents=True)
+    pq.write_table(pa.table({"label": list("ab"), "x": [1, 2]}), tmp_path / "p" / "out.parquet" / "part-0.parquet")
+    manifest, _ = prepared("parquet", tmp_path / "p", tmp_path / "out")
+    assert manifest.num_examples == 2
+
+
 def test_files_lie_in_folders_below_if_none_lies_in_the_one_given(tmp_path: Path) -> None:
     """As a hub lays them; a file that lies there already is not joined by others."""
     for number, part in enumerate(("train", "test", ".cache")):

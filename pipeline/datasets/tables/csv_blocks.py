@@ -14,6 +14,8 @@ from typing import Any, NamedTuple
 
 import pyarrow as pa
 
+from pipeline.errors import ConfigError
+
 BLOCK_BYTES = 2 << 20
 MAX_ROW_BYTES = 32 << 20
 MARK = 0x10FF00  # the last characters of Unicode, which are for private use; the byte b becomes MARK + b
@@ -34,6 +36,14 @@ class Cut(NamedTuple):
         cell = rb'(?:"[^"]*+(?:""[^"]*+)*+"[^%b\r\n]*+|(?!")[^%b\r\n]*+)' % (d, d)
         row = rb"(?>(?:%b%b)*+%b(?:\r\n|\r|\n))" % (cell, d, cell)
         return cls(re.compile(rb"%b*+" % row), re.compile(rb"(?:%b|(?s:.*))" % row))
+
+
+def delimiter_of(given: str) -> str:
+    """What an option names: one character, or tab. Raises ConfigError."""
+    delimiter = "\t" if given in ("tab", "\\t") else given
+    if len(delimiter.encode()) != 1 or delimiter in '"\r\n':
+        raise ConfigError(f"--delimiter {given!r}: should be one character, such as ; or tab.")
+    return delimiter
 
 
 def blocks(stream: Any, cut: Cut) -> Iterator[bytes]:

@@ -33,6 +33,7 @@ FRACTION = {  # by the decimal sign: a number with the other one
     ".": r"^[+-]?(\d+,\d*|,\d+)([eE][+-]?\d+)?$",
     ",": r"^[+-]?(\d+\.\d*|\.\d+)([eE][+-]?\d+)?$",
 }
+THOUSANDS = {".": r"^[+-]?\d{1,3}(,\d{3})+$", ",": r"^[+-]?\d{1,3}(\.\d{3})+$"}
 MAX_CATEGORIES = 1000  # of a column; with more it is no categorical one
 LONGEST_CATEGORY = 1000  # characters
 CONVERT = (
@@ -237,6 +238,7 @@ class ColumnScan:
     numbers: int = 0
     odd: int = 0  # values that are no numbers
     fractions: int = 0  # of them, those that are with the other decimal sign
+    thousands: int = 0  # of those, the ones whose sign may as well part thousands
     missing: int = 0
     rounded: int = 0  # whole numbers that float32 does not hold
     undecodable: int = 0  # values that are not UTF-8
@@ -257,6 +259,8 @@ class ColumnScan:
         if texts and found.odd.any():
             fractions = pc.match_substring_regex(stripped(array), FRACTION[self.decimal])
             self.fractions += pc.sum(fractions, min_count=0).as_py()
+            thousands = pc.match_substring_regex(stripped(array), THOUSANDS[self.decimal])
+            self.thousands += pc.sum(thousands, min_count=0).as_py()
         if not (pa.types.is_floating(array.type) or pa.types.is_boolean(array.type)):  # those of floats are measured
             self.rounded += _rounded(found.values, array)
         there = int((~np.isnan(found.values)).sum())
@@ -303,6 +307,12 @@ class ColumnScan:
             return
         if self.numbers <= MOSTLY * (self.numbers + self.odd) < self.numbers + self.fractions:
             written, other = ("commas", ",") if self.decimal == "." else ("points", ".")
+            if self.thousands >= self.fractions:
+                raise DataError(
+                    f"column {self.name!r}: {self.fractions} of its values are numbers with {written} that may part "
+                    f"thousands. If so, write them without; if they are decimal {written}, read them with --decimal "
+                    f"'{other}'; or as categories with --categorical {self.name}."
+                )
             raise DataError(
                 f"column {self.name!r}: {self.fractions} of its values are numbers with decimal {written}. Read them "
                 f"with --decimal '{other}', or as categories with --categorical {self.name}."

@@ -29,6 +29,7 @@ from pipeline.datasets.sources import FolderOptions
 from pipeline.datasets.splits import class_splits
 from pipeline.datasets.tables import scanning, sorting
 from pipeline.datasets.tables.batches import Batch, CsvFiles, ParquetFiles
+from pipeline.datasets.tables.csv_blocks import delimiter_of
 from pipeline.datasets.tables.scanning import MAX_CLASSES, ColumnScan, names_of
 from pipeline.errors import ConfigError, DataError
 from pipeline.types import Split
@@ -79,10 +80,7 @@ class CsvOptions(TableOptions):
     no_header: bool = Field(False, description="The first row is an example; columns are named f0, f1, …")
 
     def table(self) -> CsvFiles:
-        delimiter = "\t" if self.delimiter in ("tab", "\\t") else self.delimiter
-        if len(delimiter.encode()) != 1 or delimiter in '"\r\n':
-            raise ConfigError(f"--delimiter {self.delimiter!r}: should be one character, such as ; or tab.")
-        return CsvFiles(self.folder(), delimiter=delimiter, header=not self.no_header)
+        return CsvFiles(self.folder(), delimiter=delimiter_of(self.delimiter), header=not self.no_header)
 
 
 class ParquetOptions(TableOptions):
@@ -110,6 +108,7 @@ class Table(Source):
         self._options = options
         self._table = table
         self._files = [table.shown[file] for file in table.files]
+        self._number_of = {file: number for number, file in enumerate(table.files)}
         self._version = _version(table.files)  # before the first reading, so that an edit during it is told too
         self._content = options.text or options.image
         self._features = _features(options, table.names, table.index_columns)
@@ -221,6 +220,7 @@ class Table(Source):
         keys = list(classes.values())
         with _naming(self._table.files[0]):
             columns = [column for scan in scans.values() for column in scan.columns()]
+            _check_different(columns)
         if not self._content and not columns:
             raise DataError(f"{self._table.files[0]}: no column beside the label is left to be the examples.")
         return _Scan(classes, problems, [counts[k] for k in keys], [sizes[k] for k in keys], columns, scans)
@@ -255,7 +255,7 @@ class Table(Source):
         kept = [(i, numbers[m]) for i, m in enumerate(members) if m is not None and m in numbers and i not in reasons]
         chosen, classes = np.array(kept, dtype=np.int64).reshape(-1, 2).T
         if self._content:
-            file = np.full(len(chosen), self._table.files.index(batch.file))
+            file = np.full(len(chosen), self._number_of[batch.file])
             origins = np.column_stack([file, batch.numbers[chosen]])
             rows.add_contents(classes, [contents[i] or b"" for i in chosen], origins)
         else:
@@ -348,6 +348,14 @@ def _naming(file: Path, column: str | None = None) -> Iterator[None]:
         yield
     except DataError as error:
         raise DataError(f"{file}: {'' if column is None else f'column {column!r} is '}{error}") from error
+
+
+def _check_different(columns: Sequence[Column]) -> None:
+    """Raises DataError: two columns of vectors have one name, as a list's own and one that is named like it."""
+    names = [column.name for column in columns]
+    twice = next((name for name in names if names.count(name) > 1), None) if len(set(names)) < len(names) else None
+    if twice is not None:
+        raise DataError(f"two columns of vectors would be named {twice!r}. Leave one out (--leave-out), or rename it.")
 
 
 class _Members(NamedTuple):
