@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import numpy as np
 
 
+TABLES = (".csv", ".tsv")
 BEST = 3  # classes shown beside a query where there are more than MOST_COLUMNS
 MOST_COLUMNS = 8
 
@@ -65,7 +66,7 @@ def adapt(
     asked: Rows | list[str] = []
     if not _is_text(query):
         files = pictures_below(query)
-    elif query.suffix.lower() == ".csv":
+    elif query.suffix.lower() in TABLES:
         asked = read_rows(query, delimiter=delimiter)
     else:
         asked = read_lines(query)
@@ -143,7 +144,7 @@ def adapt(
 
 
 def _is_text(file: Path) -> bool:
-    return file.suffix.lower() in (".csv", ".txt")
+    return file.suffix.lower() in (*TABLES, ".txt")
 
 
 def _table(title: str, kind: str, names: list[str], labels: list[Any], probabilities: np.ndarray) -> Table:

@@ -27,9 +27,19 @@ class Rows(NamedTuple):
         return f"{self.file}: row {self.numbers[index]}"
 
     def with_points(self, columns: Collection[str], decimal: str) -> list[dict[str, str]]:
-        """The rows, where numbers in these columns that have another decimal sign have a point."""
+        """The rows, where numbers in these columns that have another decimal sign have a point.
+
+        Raises DataError: a number has a point already, which may part thousands.
+        """
         if decimal == ".":
             return self.rows
+        for index, row in enumerate(self.rows):
+            for name in columns:
+                if "." in (value := row.get(name, "")) and re.search(r"\d", value):
+                    raise DataError(
+                        f"{self.place(index)}: column {name!r} holds {value!r}, and --decimal {decimal} says that "
+                        "points are not decimal. Write the number without them."
+                    )
         return [{k: v.replace(decimal, ".") if k in columns else v for k, v in row.items()} for row in self.rows]
 
     def cells(self, column: str, *, option: str) -> list[str]:

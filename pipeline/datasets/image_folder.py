@@ -177,13 +177,13 @@ def find_classes(source: Path) -> tuple[dict[str, Path], list[Problem]]:
     counts = {
         first: (_count_pictures(first), sum(map(_count_pictures, groups or ()))) for first, groups in within.items()
     }
-    # a folder with pictures and with folders of pictures is what most of the others are; if they do not tell, a class
-    classes_are_first = sum(bool(own) - bool(below) for own, below in counts.values()) >= 0
+    # a folder with pictures and folders of pictures in it is a class if that holds most of them, or most others are one
+    votes = sum(bool(own) - bool(below) for own, below in counts.values())
     for first, groups in within.items():
         if groups is None:
             continue
         own, below = counts[first]
-        if not groups or (own and (classes_are_first or not below)):
+        if not groups or (own and (not below or own > below or votes > 0)):
             found[first.name] = first
             problems += [Problem(str(path), NOT_READ) for path in groups]
             continue

@@ -129,6 +129,16 @@ def test_pictures_beside_class_folders_and_under_other_names_are_told_of(tmp_pat
         prepared(root, tmp_path / "strict", strict=True)
 
 
+def test_a_picture_in_every_group_leaves_the_groups(tmp_path: Path) -> None:
+    root = folders(tmp_path / "mine", *(f"g{i}/k{j}" for i in range(3) for j in range(2)))
+    whole = prepared(root, tmp_path / "whole")
+    for i in range(3):
+        picture(i).save(root / f"g{i}" / "cover.png")
+    manifest = prepared(root, tmp_path / "out")
+    assert manifest.digest == whole.digest
+    assert set(reasons(manifest)) == {"g0", "g1", "g2"}
+
+
 def test_a_class_with_a_few_pictures_put_aside_stays_a_class(tmp_path: Path) -> None:
     root = folders(tmp_path / "mine", "a", "b")
     before = prepared(root, tmp_path / "before")

@@ -100,6 +100,11 @@ def test_rows_with_decimal_commas_are_the_same_rows(case: Case, tmp_path: Path) 
         found = run(console.single_command(adapt.adapt), tmp_path / "model", *given, "--decimal", sign)
         answers.append(found["predictions"])
     assert answers[0] == answers[1]
+    points = [tmp_path / f"{part}-points.csv" for part in ("support", "query")]
+    told = refusal(
+        tmp_path / "model", "--support", points[0], "--query", points[1], "--decimal", ",", "--label", "kind"
+    )
+    assert "--decimal , says that points are not decimal" in told
 
 
 def test_a_model_of_arrays_is_not_taken_for_one_of_pictures(case: Case, tmp_path: Path) -> None:

@@ -476,6 +476,12 @@ def test_commas_that_may_part_thousands_are_not_taken_for_decimal_ones(tmp_path:
         DataError, match=r"column 'x': 4 of its values .* may part thousands\. If so, write them without"
     ):
         prepared("csv", write_csv(tmp_path / "t.csv", rows), tmp_path / "no")
+    rows = [["label", "x"], *[["ab"[i % 2], f"1,{200 + i},567"] for i in range(9)]]
+    with pytest.raises(DataError, match=r"9 of its values .* may part thousands"):
+        prepared("csv", write_csv(tmp_path / "t.csv", rows), tmp_path / "no")
+    rows = [["label", "x"], *[["ab"[i % 2], f"0,{125 + i}"] for i in range(9)]]
+    with pytest.raises(DataError, match="9 of its values are numbers with decimal commas"):
+        prepared("csv", write_csv(tmp_path / "t.csv", rows), tmp_path / "no")
 
 
 def test_two_columns_of_vectors_have_two_names(tmp_path: Path) -> None:

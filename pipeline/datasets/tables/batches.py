@@ -266,7 +266,7 @@ def files_at(place: Path, suffixes: tuple[str, ...]) -> list[Path]:
         return [place]
     if not place.is_dir():
         raise DataError(f"{place}: no such file or folder.")
-    files = sorted(p for p in place.iterdir() if _is_table(p.relative_to(place), suffixes) and p.is_file())
+    files = sorted(p for p in place.iterdir() if _is_table(p.relative_to(place), suffixes) and not p.is_dir())
     if not files:  # a hub has them in data/, Spark and others in folders of their own
         files = sorted(p for p in place.rglob("*") if _is_table(p.relative_to(place), suffixes) and p.is_file())
     if not files:

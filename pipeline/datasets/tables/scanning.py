@@ -33,7 +33,7 @@ FRACTION = {  # by the decimal sign: a number with the other one
     ".": r"^[+-]?(\d+,\d*|,\d+)([eE][+-]?\d+)?$",
     ",": r"^[+-]?(\d+\.\d*|\.\d+)([eE][+-]?\d+)?$",
 }
-THOUSANDS = {".": r"^[+-]?\d{1,3}(,\d{3})+$", ",": r"^[+-]?\d{1,3}(\.\d{3})+$"}
+THOUSANDS = {".": r"^[+-]?[1-9]\d{0,2}(,\d{3})+$", ",": r"^[+-]?[1-9]\d{0,2}(\.\d{3})+$"}  # the same, of signs between
 MAX_CATEGORIES = 1000  # of a column; with more it is no categorical one
 LONGEST_CATEGORY = 1000  # characters
 CONVERT = (
@@ -257,9 +257,9 @@ class ColumnScan:
             raise self._no_feature(array.type)
         found = numbers_of(array, self.decimal)
         if texts and found.odd.any():
-            fractions = pc.match_substring_regex(stripped(array), FRACTION[self.decimal])
-            self.fractions += pc.sum(fractions, min_count=0).as_py()
             thousands = pc.match_substring_regex(stripped(array), THOUSANDS[self.decimal])
+            fractions = pc.or_(thousands, pc.match_substring_regex(stripped(array), FRACTION[self.decimal]))
+            self.fractions += pc.sum(fractions, min_count=0).as_py()
             self.thousands += pc.sum(thousands, min_count=0).as_py()
         if not (pa.types.is_floating(array.type) or pa.types.is_boolean(array.type)):  # those of floats are measured
             self.rounded += _rounded(found.values, array)
@@ -307,7 +307,7 @@ class ColumnScan:
             return
         if self.numbers <= MOSTLY * (self.numbers + self.odd) < self.numbers + self.fractions:
             written, other = ("commas", ",") if self.decimal == "." else ("points", ".")
-            if self.thousands >= self.fractions:
+            if self.thousands == self.fractions:
                 raise DataError(
                     f"column {self.name!r}: {self.fractions} of its values are numbers with {written} that may part "
                     f"thousands. If so, write them without; if they are decimal {written}, read them with --decimal "
